@@ -1,0 +1,7 @@
+"""DeepSeek-VL2 vision-language models on current transformers: library, command line and web page.
+
+Importing this package has no side effect. `deepseek_vl2.models` holds the model and its processor and
+registers both with transformers' Auto classes.
+"""
+
+__version__ = "0.1.0"

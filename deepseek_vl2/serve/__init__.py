@@ -1,0 +1,1 @@
+"""Answering: generation, grounding boxes and the web page."""

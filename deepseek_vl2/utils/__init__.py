@@ -1,0 +1,1 @@
+"""Pictures and checkpoints from outside: `deepseek_vl2.utils.io`."""
