@@ -1,0 +1,68 @@
+"""What both models add to transformers' `generate`: prompt limits and caches that were prefilled by hand."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+
+def check_prompt_length(num_tokens: int, config: PreTrainedConfig) -> None:
+    """Refuses more tokens than the model has positions for.
+
+    Raises:
+        ValueError: If `num_tokens` exceeds `config.max_position_embeddings`.
+    """
+    limit = config.max_position_embeddings
+    if num_tokens > limit:
+        raise ValueError(
+            f"The prompt has {num_tokens} tokens, the model has {limit} positions. Use fewer pictures, no tiling "
+            "(three or more pictures at once are not tiled), a shorter text or fewer earlier turns."
+        )
+
+
+class PrefilledGenerationMixin:
+    """`generate` for prompts whose beginning is in a cache already, see `incremental_prefilling`."""
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Generates as `GenerationMixin.generate` does.
+
+        Args:
+            inputs: Prompt ids [B, T], the same as `input_ids`.
+            **kwargs: As in transformers. With `past_key_values`, the ids or embeddings are those of the whole prompt.
+
+        Returns:
+            With ids: prompt and new ids. With embeddings only: new ids.
+
+        Raises:
+            ValueError: If the prompt is longer than the model's positions, or the cache does not hold less than it.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("inputs_embeds")
+        prompt = prompt if prompt is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            check_prompt_length(prompt.shape[1], self.config.get_text_config())
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and prompt is not None:
+            _check_cache(cache, prompt)
+            num_copies = self._num_rows_for_each_prompt(kwargs)
+            if num_copies > 1:
+                cache.batch_repeat_interleave(num_copies)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+
+    def _num_rows_for_each_prompt(self, kwargs: dict[str, Any]) -> int:
+        """Rows that transformers makes of each prompt row for beams and several answers, but not of a given cache."""
+        config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+
+        def value(name: str) -> int:
+            return kwargs.get(name) or getattr(config, name, None) or 1
+
+        return max(value("num_beams"), value("num_return_sequences"))
+
+
+def _check_cache(cache: Cache, prompt: torch.Tensor) -> None:
+    num_cached, num_tokens = cache.get_seq_length(), prompt.shape[1]
+    if num_cached >= num_tokens:
+        raise ValueError(
+            f"The cache holds {num_cached} tokens, the prompt has {num_tokens}: it was used before or belongs to another "
+            "prompt. Prefill a new one, or copy it with copy.deepcopy before each use."
+        )

@@ -1,0 +1,703 @@
+"""The DeepSeekMoE language model (arXiv:2405.04434), with multi-head latent attention (MLA) or multi-head attention.
+
+Shapes: B batch, T new tokens, K cached and new tokens, D text width, H heads, N tokens of all rows, E experts.
+For MLA: R numbers of the cached latent, P rotated numbers a head, `nope` numbers a head without position.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_deepseek import DeepseekV2Config
+from .generation import PrefilledGenerationMixin, check_prompt_length
+
+
+class DeepseekV2RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 whatever the weights' type."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = hidden_states.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+def default_inverse_frequencies(config: DeepseekV2Config) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies of plain rotary positions, in the form of transformers' other kinds of scaling.
+
+    Returns:
+        The frequencies [head_dim / 2] in float32, and the factor 1.0 on cosine and sine.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+
+class DeepseekV2RotaryEmbedding(nn.Module):
+    """Cosines and sines of token positions.
+
+    The frequencies are no buffer: `model.to(torch.bfloat16)` would round them and the positions (257 becomes 256),
+    which makes wrong boxes. They stay float32 on the CPU and follow the positions' device for each use.
+    """
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.rope_type = config.rope_parameters["rope_type"]
+        if self.rope_type == "default":
+            rope_init = default_inverse_frequencies
+        elif self.rope_type in ROPE_INIT_FUNCTIONS:
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        else:
+            raise ValueError(
+                f"rope_scaling type {self.rope_type!r} is unknown. Choose one of default, {', '.join(ROPE_INIT_FUNCTIONS)}."
+            )
+        # Models are built on the meta device before loading, and these numbers come from no checkpoint.
+        with torch.device("cpu"):
+            inv_freq, self.attention_scaling = rope_init(config)
+        self.inv_freq = inv_freq.float()
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [B, T] -> cosines and sines, each [B, T, head_dim / 2] in float32."""
+        if self.inv_freq.device != position_ids.device:
+            self.inv_freq = self.inv_freq.to(position_ids.device)
+        angles = position_ids[..., None].float() * self.inv_freq
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring pairs (0, 1), (2, 3), ... as MLA does.
+
+    The rotated pairs are returned as all first halves, then all second halves. Queries and keys share that order, so
+    scores are those of the interleaved order.
+
+    Args:
+        x: [B, H, T, P].
+        cos: [B, T, P / 2] in float32.
+        sin: [B, T, P / 2] in float32.
+    """
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return _rotate(first, second, cos, sin).to(x.dtype)
+
+
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates number i of the first half with number i of the second, as multi-head attention does."""
+    first, second = x.float().chunk(2, dim=-1)
+    return _rotate(first, second, cos, sin).to(x.dtype)
+
+
+def _rotate(first: torch.Tensor, second: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class DeepseekV2MLP(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, config: DeepseekV2Config, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class _AddLossGradient(torch.autograd.Function):
+    """Returns `x` unchanged and lets a side loss take part in the backward pass, without changing the reported loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        ctx.loss_dtype = loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad_output, torch.ones((), dtype=ctx.loss_dtype, device=grad_output.device)
+
+
+def load_balancing_loss(scores: torch.Tensor, topk_indices: torch.Tensor, is_per_sequence: bool) -> torch.Tensor:
+    """Loss that is 1 when experts share the tokens evenly and more the less they do (arXiv:2405.04434, 2.2.3).
+
+    Args:
+        scores: Router probabilities [B, T, E].
+        topk_indices: Chosen experts [B, T, k].
+        is_per_sequence: Whether each of the B sequences is balanced by itself.
+    """
+    num_experts = scores.shape[-1]
+    if not is_per_sequence:
+        scores, topk_indices = scores.flatten(0, 1)[None], topk_indices.flatten(0, 1)[None]
+    choices = topk_indices.flatten(1)
+    counts = torch.zeros(scores.shape[0], num_experts, device=scores.device)
+    counts.scatter_add_(1, choices, torch.ones_like(choices, dtype=counts.dtype))
+    load = counts / (choices.shape[1] / num_experts)
+    return (load * scores.mean(dim=1)).sum(dim=1).mean()
+
+
+class DeepseekV2TopkRouter(nn.Module):
+    """Chooses the experts of each token and their weights, in float32."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            # Moved by the balance of the load and not by a gradient, hence a buffer.
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Routes tokens.
+
+        Args:
+            hidden_states: [B, T, D].
+
+        Returns:
+            Logits [B, T, E], weights [B, T, k] and indices [B, T, k] of the chosen experts, and the load-balancing loss
+            (0 outside training and for `noaux_tc`, which balances by its bias).
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())
+        scores = logits.softmax(dim=-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
+        topk_indices = self._choose(scores)
+        weights = scores.gather(-1, topk_indices)
+        if self.config.norm_topk_prob and self.top_k > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * self.config.routed_scaling_factor
+        return logits, weights, topk_indices, self._balancing_loss(scores, topk_indices)
+
+    def _choose(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.config.topk_method == "greedy":
+            return scores.topk(self.top_k, dim=-1, sorted=False).indices
+        grouped = scores.unflatten(-1, (self.config.n_group, -1))
+        if self.config.topk_method == "group_limited_greedy":
+            group_scores, forbidden = grouped.amax(dim=-1), 0.0
+        else:
+            scores = scores + self.e_score_correction_bias
+            grouped = scores.unflatten(-1, (self.config.n_group, -1))
+            group_scores, forbidden = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1), -math.inf
+        best_groups = group_scores.topk(self.config.topk_group, dim=-1, sorted=False).indices
+        is_allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best_groups, True)
+        choice_scores = grouped.masked_fill(~is_allowed[..., None], forbidden).flatten(-2)
+        return choice_scores.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def _balancing_loss(self, scores: torch.Tensor, topk_indices: torch.Tensor) -> torch.Tensor:
+        alpha = self.config.aux_loss_alpha
+        if not self.training or not alpha or self.config.topk_method == "noaux_tc":
+            return scores.new_zeros(())
+        return alpha * load_balancing_loss(scores, topk_indices, self.config.seq_aux)
+
+
+@use_experts_implementation
+class DeepseekV2Experts(nn.Module):
+    """The routed experts, fused into two tensors; checkpoints hold them one by one (see `conversion_mapping`)."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Plain loop over the experts that were chosen, `experts_implementation="eager"`.
+
+        Args:
+            hidden_states: [N, D].
+            top_k_index: [N, k].
+            top_k_weights: [N, k].
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+class DeepseekV2MoE(nn.Module):
+    """Mixture of experts: the chosen routed experts plus the shared ones that see every token."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.gate = DeepseekV2TopkRouter(config)
+        self.experts = DeepseekV2Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = DeepseekV2MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, topk_weights, topk_indices, balancing_loss = self.gate(hidden_states)
+        output = self.experts(hidden_states.flatten(0, 1), topk_indices.flatten(0, 1), topk_weights.flatten(0, 1))
+        output = output.view_as(hidden_states)
+        if self.training and balancing_loss.requires_grad:
+            output = _AddLossGradient.apply(output, balancing_loss)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+        return output
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, the form that transformers' attention interface asks for.
+
+    Args:
+        module: The attention layer.
+        query: [B, H, T, head].
+        key: [B, H, K, head].
+        value: [B, H, K, head].
+        attention_mask: Added to the scores, broadcast to [B, H, T, K].
+        scaling: Factor on the scores.
+        dropout: Probability of dropping a weight in training.
+
+    Returns:
+        Output [B, T, H, head] and weights [B, H, T, K].
+    """
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DeepseekV2MultiHeadAttention(nn.Module):
+    """Multi-head attention with rotated halves (tiny)."""
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, head]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = rotate_halves(query, *position_embeddings)
+        key = rotate_halves(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_grouped_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+def eager_grouped_attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`eager_attention_forward` for keys and values that several query heads share."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    return eager_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+class DeepseekV2Attention(nn.Module):
+    """Multi-head latent attention (small, base; arXiv:2405.04434, 2.1).
+
+    The cache holds one latent [B, 1, K, R] and one rotated key [B, 1, K, P] for all heads. Many new tokens at once
+    expand it to keys and values of every head; a few new tokens leave it as it is and move the up-projection to the
+    query and the output instead ("absorbed"), so a decoding step never expands the cache.
+    """
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        query_width = self.num_heads * self.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.attention_bias
+        )
+        # Its eps is 1e-6 whatever rms_norm_eps says.
+        self.kv_a_layernorm = DeepseekV2RMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=config.attention_bias)
+        self.scaling = self.qk_head_dim**-0.5 * yarn_score_scaling(config.rope_parameters)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self._project_query(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]
+        latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)  # [B, 1, T, R]
+        query_rope = rotate_interleaved(query_rope, *position_embeddings)
+        key_rope = rotate_interleaved(key_rope, *position_embeddings)  # [B, 1, T, P]
+        if past_key_values is not None:
+            key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
+
+        if self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
+            output, weights = self._attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
+        else:
+            query = torch.cat((query_nope, query_rope), dim=-1)
+            output, weights = self._attend_expanded(query, latent, key_rope, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+    def _is_absorbing_cheaper(self, num_new: int, num_total: int) -> bool:
+        """Compares multiplications for each cached token: longer dot products of T queries against one expansion."""
+        if num_new == num_total or self.training:
+            return False
+        expanded_width = self.qk_nope_head_dim + self.v_head_dim
+        return num_new * (2 * self.kv_lora_rank - expanded_width) < self.kv_lora_rank * expanded_width
+
+    def _attend_expanded(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, H, K, ...]
+        key = torch.cat((key_nope, key_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        # The fast kernels ask for values as wide as keys.
+        value = F.pad(value, (0, self.qk_head_dim - self.v_head_dim))
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return output[..., : self.v_head_dim], weights
+
+    def _attend_absorbed(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        key_rope: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            [self.qk_nope_head_dim, self.v_head_dim], dim=1
+        )
+        query_latent = query_nope @ up_key  # [B, H, T, R]
+        num_new = query_latent.shape[2]
+        # Heads lie beside tokens, so one product reads the cache once for all of them.
+        scores = query_latent.flatten(1, 2) @ latent[:, 0].transpose(1, 2)  # [B, H*T, K]
+        scores = scores + query_rope.flatten(1, 2) @ key_rope[:, 0].transpose(1, 2)
+        scores = scores.unflatten(1, (self.num_heads, num_new)).float() * self.scaling
+        scores = mask_scores(scores, attention_mask)
+        weights = scores.softmax(dim=-1).to(latent.dtype)
+        mixed = (weights.flatten(1, 2) @ latent[:, 0]).unflatten(1, (self.num_heads, num_new))
+        return (mixed @ up_value.transpose(1, 2)).transpose(1, 2), weights
+
+
+def yarn_score_scaling(rope_parameters: dict[str, Any]) -> float:
+    """Factor on attention scores that goes with yarn scaling of positions (arXiv:2309.00071, 3.4)."""
+    mscale = rope_parameters.get("mscale_all_dim", 0)
+    factor = rope_parameters.get("factor", 1.0)
+    if rope_parameters["rope_type"] == "default" or not mscale or factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
+
+
+def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Hides masked and future tokens, for any form of mask that the attention implementations ask for.
+
+    Args:
+        scores: [B, H, T, K], the T queries being the last of the K tokens.
+        attention_mask: None (causal only), padding [B, K] (1 real, 0 padding), or [B, 1, T, K], boolean (True: may be
+            seen) or to be added.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.dtype == torch.bool:
+            return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        return scores + attention_mask
+    num_new, num_total = scores.shape[-2:]
+    is_visible = torch.ones(num_new, num_total, dtype=torch.bool, device=scores.device).tril(num_total - num_new)
+    if attention_mask is not None:
+        is_visible = is_visible & attention_mask[:, None, None, -num_total:].bool()
+    return scores.masked_fill(~is_visible, torch.finfo(scores.dtype).min)
+
+
+class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward layer, each behind a norm and with a residual path."""
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        attention_class = DeepseekV2Attention if config.use_mla else DeepseekV2MultiHeadAttention
+        self.self_attn = attention_class(config, layer_idx)
+        self.mlp = (
+            DeepseekV2MoE(config) if config.is_moe_layer(layer_idx) else DeepseekV2MLP(config, config.intermediate_size)
+        )
+        self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Hidden states [B, T, D] -> [B, T, D]; keywords as in the attention layer."""
+        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DeepseekV2PreTrainedModel(PreTrainedModel):
+    """What transformers has to know about these models to load, place and run them."""
+
+    config_class = DeepseekV2Config
+    config: DeepseekV2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DeepseekV2DecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012 - transformers replaces it on the class
+        "hidden_states": DeepseekV2DecoderLayer,
+        "attentions": [
+            OutputRecorder(DeepseekV2Attention, index=1),
+            OutputRecorder(DeepseekV2MultiHeadAttention, index=1),
+        ],
+        "router_logits": OutputRecorder(DeepseekV2TopkRouter, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, DeepseekV2TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if hasattr(module, "e_score_correction_bias"):
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekV2Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, K] counted over real tokens only, so that a padded row gets the positions it has alone."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+class DeepseekV2Model(DeepseekV2PreTrainedModel):
+    """The decoder without its output layer."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            DeepseekV2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Runs the decoder over new tokens.
+
+        Args:
+            input_ids: [B, T], or None with `inputs_embeds`.
+            attention_mask: [B, K], 1 for real tokens and 0 for padding; all real if None.
+            position_ids: [B, T]; counted over the real tokens of `attention_mask` if None.
+            past_key_values: Cache of the K - T tokens before.
+            inputs_embeds: [B, T, D].
+            use_cache: Whether to return a cache.
+
+        Returns:
+            Hidden states [B, T, D] after the last norm, and the cache.
+
+        Raises:
+            ValueError: If both or neither of ids and embeddings are given, or there are more tokens than positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_new = inputs_embeds.shape[1]
+        if num_new > 1:
+            check_prompt_length(num_past + num_new, self.config)
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = positions_from_mask(attention_mask)[:, -num_new:]
+            else:
+                position_ids = torch.arange(num_past, num_past + num_new, device=inputs_embeds.device)[None]
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class DeepseekV2ForCausalLM(PrefilledGenerationMixin, DeepseekV2PreTrainedModel, GenerationMixin):
+    """The language model: decoder and output layer."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read as a class attribute
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__(config)
+        self.model = DeepseekV2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Predicts the next token at every position, see `DeepseekV2Model.forward`.
+
+        Args:
+            labels: Ids [B, T] to predict, -100 where there is nothing to learn; position t is predicted from t - 1.
+            logits_to_keep: How many of the last positions to compute logits for; all if 0.
+
+        Returns:
+            Loss if labels are given, logits [B, T, vocabulary] and the cache.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )

@@ -1,0 +1,386 @@
+"""The vision-language model: vision tower, projector, mosaic of image tokens, language model (arXiv:2412.10302)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput, can_return_tuple
+from tqdm.auto import tqdm
+
+from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
+from .generation import PrefilledGenerationMixin, check_prompt_length
+from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel, positions_from_mask
+from .projector import MlpProjector
+from .siglip_vit import VisionTransformer
+from .tiling import TileGrid, num_image_tokens
+
+__all__ = [
+    "DeepSeekVLV2CausalLMOutputWithPast",
+    "DeepseekVLV2Config",
+    "DeepseekVLV2ForCausalLM",
+    "DeepseekVLV2PreTrainedModel",
+    "MlpProjector",
+    "MlpProjectorConfig",
+    "VisionEncoderConfig",
+]
+
+
+@dataclass
+class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
+    """What the model returns for a prompt.
+
+    Attributes:
+        loss: Mean cross entropy of the next token, if labels were given.
+        logits: [B, T, vocabulary].
+        past_key_values: The cache.
+        hidden_states: Hidden states [B, T, D] of every layer, if asked for.
+        attentions: Attention weights of every layer, if asked for.
+        router_logits: Logits [B, T, E] of every router, if asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class DeepseekVLV2PreTrainedModel(PreTrainedModel):
+    """What transformers has to know about the model to load, place and run it."""
+
+    config_class = DeepseekVLV2Config
+    config: DeepseekVLV2Config
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DeepseekV2DecoderLayer", "Block")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # Told outright: transformers would look for the experts in this file and find none.
+    _can_set_experts_implementation_cached_value = True
+    # Never run, so a checkpoint without it is complete.
+    _keys_to_ignore_on_load_missing = (r"vision\.attn_pool\.",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        DeepseekV2PreTrainedModel._init_weights(self, module)
+        if isinstance(module, VisionTransformer):
+            init.normal_(module.pos_embed, std=module.embed_dim**-0.5)
+            if module.attn_pool is not None:
+                init.normal_(module.attn_pool.latent, std=module.embed_dim**-0.5)
+        elif isinstance(module, DeepseekVLV2ForCausalLM):
+            width = self.config.projector_config.n_embed
+            init.normal_(module.image_newline, std=1 / math.sqrt(width))
+            init.normal_(module.view_seperator, std=1 / math.sqrt(width))
+
+
+class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedModel, GenerationMixin):
+    """DeepSeek-VL2: answers prompts of text and pictures."""
+
+    def __init__(self, config: DeepseekVLV2Config) -> None:
+        super().__init__(config)
+        vision = config.vision_config
+        self.vision = VisionTransformer(
+            img_size=vision.image_size,
+            patch_size=vision.patch_size,
+            embed_dim=vision.width,
+            depth=vision.layers,
+            num_heads=vision.heads,
+            mlp_ratio=vision.mlp_ratio,
+            global_pool=vision.global_pool,
+            num_recomputing_layers=vision.layers if vision.use_checkpoint else vision.num_recomputing_layers,
+            attn_implementation=vision._attn_implementation or "sdpa",
+        )
+        self.projector = MlpProjector(config.projector_config)
+        self.image_newline = nn.Parameter(torch.empty(config.projector_config.n_embed))
+        self.view_seperator = nn.Parameter(torch.empty(config.projector_config.n_embed))
+        self.language = DeepseekV2ForCausalLM(config.language_config)
+        self.post_init()
+
+    @property
+    def tokens_per_side(self) -> int:
+        """G, the image tokens a side of a view."""
+        return self.config.projector_config.tokens_per_side(self.config.vision_config.patches_per_side)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings of the language model."""
+        return self.language.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embeddings of the language model."""
+        self.language.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer of the language model."""
+        return self.language.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the output layer of the language model."""
+        self.language.set_output_embeddings(new_embeddings)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """Chooses the attention kernel of all parts, or of each by `vision_config` and `language_config`."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if isinstance(attn_implementation, dict):
+            vision_implementation = attn_implementation.get("vision_config", self.vision.attn_implementation)
+        else:
+            vision_implementation = attn_implementation
+        self.vision.attn_implementation = vision_implementation
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recomputes activations of both towers in the backward pass, to save memory."""
+        super().gradient_checkpointing_enable(*args, **kwargs)
+        self.vision.set_grad_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        super().gradient_checkpointing_disable()
+        self.vision.set_grad_checkpointing(False)
+
+    def get_image_features(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[torch.Tensor]:
+        """Encodes pictures.
+
+        Args:
+            images: [B, V, 3, S, S], for each picture of a row its global view, then its tiles row by row; the rest of
+                the V places is not looked at.
+            images_spatial_crop: Grids (columns, rows) [B, I, 2] of the pictures, (0, 0) for none.
+
+        Returns:
+            For each picture of all rows its image tokens [N, D] in the order of the text.
+
+        Raises:
+            ValueError: If a row has fewer views than its grids ask for.
+        """
+        grids = [[TileGrid(*grid) for grid in row if grid[0] and grid[1]] for row in images_spatial_crop.tolist()]
+        num_views = [sum(1 + grid.columns * grid.rows for grid in row) for row in grids]
+        if max(num_views, default=0) > images.shape[1]:
+            raise ValueError(
+                f"images_spatial_crop asks for {max(num_views)} views in a row, images hold {images.shape[1]}."
+            )
+        if not any(num_views):
+            return []
+        views = torch.cat([row[:count] for row, count in zip(images, num_views, strict=True)])
+        patches = self.vision(views.to(self.vision.pos_embed.dtype))  # [V, P*P, C]
+        tokens = self.projector(patches)  # [V, G*G, D]
+        all_grids = [grid for row in grids for grid in row]
+        tokens_of_pictures = tokens.split([1 + grid.columns * grid.rows for grid in all_grids])
+        return [self._arrange_views(picture, grid) for picture, grid in zip(tokens_of_pictures, all_grids, strict=True)]
+
+    def _arrange_views(self, tokens: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+        """Lays the views of a picture out as the language model reads them.
+
+        Args:
+            tokens: Image tokens [1 + columns*rows, G*G, D] of the global view and the tiles.
+            grid: The tiles.
+
+        Returns:
+            [N, D]: the rows of the global view and those of all tiles side by side, each ended by a newline token, with
+            the separator between.
+        """
+        side = self.tokens_per_side
+        global_view = self._end_rows(tokens[0].unflatten(0, (side, side)))
+        mosaic = tokens[1:].unflatten(0, (grid.rows, grid.columns)).unflatten(2, (side, side))
+        mosaic = mosaic.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [rows*G, columns*G, D]
+        tiles = self._end_rows(mosaic)
+        separator = self.view_seperator[None]
+        if self.config.global_view_pos == "head":
+            return torch.cat((global_view, separator, tiles))
+        return torch.cat((tiles, separator, global_view))
+
+    def _end_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of tokens [h, w, D] -> [h * (w + 1), D] with a newline token after each."""
+        newline = self.image_newline.expand(tokens.shape[0], 1, -1)
+        return torch.cat((tokens, newline), dim=1).flatten(0, 1)
+
+    def prepare_inputs_embeds(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_spatial_crop: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        """Embeds a prompt, with image tokens in the places of the placeholders.
+
+        Args:
+            input_ids: [B, T].
+            images: [B, V, 3, S, S], see `get_image_features`; None for text only.
+            images_seq_mask: Which tokens are placeholders, [B, T].
+            images_spatial_crop: [B, I, 2], see `get_image_features`.
+            **ignored: Other outputs of the processor, so that `**inputs` can be passed.
+
+        Returns:
+            Embeddings [B, T, D].
+
+        Raises:
+            ValueError: If placeholders and pictures do not match, or the prompt is longer than the model's positions.
+        """
+        check_prompt_length(input_ids.shape[1], self.config.language_config)
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if images is None:
+            features: list[torch.Tensor] = []
+        elif images_spatial_crop is None or images_seq_mask is None:
+            raise ValueError("images need images_seq_mask and images_spatial_crop; pass all outputs of the processor.")
+        else:
+            self._check_placeholders(images_seq_mask, images_spatial_crop)
+            features = self.get_image_features(images, images_spatial_crop)
+        if not features:
+            if images_seq_mask is not None and images_seq_mask.any():
+                raise ValueError(
+                    f"The prompt has {int(images_seq_mask.sum())} image tokens, but no pictures are given."
+                )
+            return inputs_embeds
+        image_tokens = torch.cat(features).to(inputs_embeds)
+        return inputs_embeds.masked_scatter(images_seq_mask[..., None].to(inputs_embeds.device), image_tokens)
+
+    def _check_placeholders(self, images_seq_mask: torch.Tensor, images_spatial_crop: torch.Tensor) -> None:
+        placeholders = images_seq_mask.sum(dim=1).tolist()
+        for row, (num_placeholders, grids) in enumerate(zip(placeholders, images_spatial_crop.tolist(), strict=True)):
+            num_tokens = sum(num_image_tokens(TileGrid(*grid), self.tokens_per_side) for grid in grids if all(grid))
+            if num_placeholders != num_tokens:
+                raise ValueError(
+                    f"Row {row} has {num_placeholders} image placeholders, its pictures make {num_tokens} image tokens. "
+                    "Let the processor of the same checkpoint prepare text and pictures together."
+                )
+
+    @torch.no_grad()
+    def incremental_prefilling(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_spatial_crop: torch.Tensor | None = None,
+        chunk_size: int = 1024,
+        **ignored: Any,
+    ) -> tuple[torch.Tensor, Cache]:
+        """Reads a prompt in chunks, so that memory depends on the chunk and not on the prompt.
+
+        Args:
+            input_ids: [B, T], or None with `inputs_embeds`.
+            attention_mask: [B, T], 0 at the padding on the left; all real if None.
+            inputs_embeds: [B, T, D], instead of ids and pictures.
+            images: See `prepare_inputs_embeds`.
+            images_seq_mask: See `prepare_inputs_embeds`.
+            images_spatial_crop: See `prepare_inputs_embeds`.
+            chunk_size: Tokens to read at once; -1 for all.
+            **ignored: Other outputs of the processor, so that `**inputs` can be passed.
+
+        Returns:
+            Embeddings [B, T, D] of the whole prompt and a cache of its first T - 1 tokens, both to be passed on to
+            `generate`, which reads the last token.
+
+        Raises:
+            ValueError: If `chunk_size` is 0 or below -1, or the prompt does not fit, see `prepare_inputs_embeds`.
+        """
+        if chunk_size < -1 or chunk_size == 0:
+            raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give input_ids (with the pictures' tensors) or inputs_embeds.")
+            inputs_embeds = self.prepare_inputs_embeds(input_ids, images, images_seq_mask, images_spatial_crop)
+        num_tokens = inputs_embeds.shape[1]
+        check_prompt_length(num_tokens, self.config.language_config)
+        if attention_mask is None:
+            attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+        position_ids = positions_from_mask(attention_mask)
+        cache = DynamicCache(config=self.config.language_config)
+        num_cached = num_tokens - 1
+        step = num_cached if chunk_size == -1 else chunk_size
+        starts = range(0, num_cached, max(step, 1))
+        for start in tqdm(starts, desc="Prefill", unit="chunk", leave=False, disable=None if len(starts) > 1 else True):
+            end = min(start + step, num_cached)
+            self.language.model(
+                inputs_embeds=inputs_embeds[:, start:end],
+                attention_mask=attention_mask[:, :end],
+                position_ids=position_ids[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return inputs_embeds, cache
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,
+        images_seq_mask: torch.Tensor | None = None,
+        images_spatial_crop: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        sft_format: Any = None,
+        seq_lens: Any = None,
+        **kwargs: Any,
+    ) -> DeepSeekVLV2CausalLMOutputWithPast:
+        """Predicts the next token at every position of a prompt with pictures.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, K], 1 for real tokens and 0 for padding; all real if None.
+            position_ids: [B, T]; counted over real tokens if None.
+            past_key_values: Cache of the K - T tokens before.
+            inputs_embeds: [B, T, D] instead of ids and pictures.
+            images: See `prepare_inputs_embeds`.
+            images_seq_mask: See `prepare_inputs_embeds`.
+            images_spatial_crop: See `prepare_inputs_embeds`.
+            labels: Ids [B, T] to predict, -100 where there is nothing to learn; position t is predicted from t - 1.
+            use_cache: Whether to return a cache.
+            logits_to_keep: How many of the last positions to compute logits for; all if 0.
+            sft_format: Ignored, so that all outputs of the processor can be passed.
+            seq_lens: Ignored, as `sft_format`.
+
+        Raises:
+            ValueError: If placeholders and pictures do not match, or there are more tokens than positions.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give input_ids or inputs_embeds.")
+            inputs_embeds = self.prepare_inputs_embeds(input_ids, images, images_seq_mask, images_spatial_crop)
+        outputs = self.language(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        return DeepSeekVLV2CausalLMOutputWithPast(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Generates as transformers' `generate` does, with the processor's outputs as further keywords.
+
+        Pictures are encoded once, not once for each beam or answer.
+        """
+        images = kwargs.pop("images", None)
+        image_inputs = {name: kwargs.pop(name, None) for name in ("images_seq_mask", "images_spatial_crop")}
+        for name in ("sft_format", "seq_lens"):
+            kwargs.pop(name, None)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if images is not None and kwargs.get("inputs_embeds") is None and input_ids is not None:
+            with torch.no_grad():
+                kwargs["inputs_embeds"] = self.prepare_inputs_embeds(input_ids, images, **image_inputs)
+            inputs, kwargs["input_ids"] = None, input_ids
+        return super().generate(inputs, **kwargs)
