@@ -1,7 +1,7 @@
-"""Questions about scenes and their answers, in the words and marks of DeepSeek-VL2; dense targets for an auxiliary loss.
+"""Questions about scenes and their answers, in the words and marks of DeepSeek-VL2; dense targets for an extra loss.
 
-Every `make_*` function takes a `random.Random` and a `Scene` and returns an `Example`, or None where the scene has no fit question.
-A question never leaves open which object it means.
+Every `make_*` function takes a `random.Random` and a `Scene` and returns an `Example`, or None where the scene
+has no fit question. A question never leaves open which object it means.
 """
 
 import random
@@ -217,7 +217,8 @@ def make_count(rng: random.Random, scene: Scene, count: int | None = None) -> Ex
     Args:
         rng: Source of chance.
         scene: What to ask about.
-        count: The answer wanted; None if the scene has no class of that count. By default zero once in ten, else any count that occurs.
+        count: The answer wanted; with no class of that count the question is None. By default zero once in ten, else
+            any count that occurs.
     """
     classes = _counting_classes(scene)
     if count is None:
@@ -323,7 +324,7 @@ def make_read(rng: random.Random, scene: Scene) -> Example | None:
     if not fit:
         return None
     item = rng.choice(fit)
-    forms = READ_WORD if item.kind == "word" else READ_NUMBER
+    forms: tuple[str, ...] = READ_WORD if item.kind == "word" else READ_NUMBER
     if len(scene.texts) == 1 and rng.random() < 0.25:
         forms = READ_TEXT
     return Example("read", rng.choice(forms), item.name, [], (item,), scene)
@@ -361,9 +362,7 @@ def _sample_count(rng: random.Random, scene_kwargs: Mapping[str, Any]) -> Exampl
     passed = {
         key: scene_kwargs[key] for key in ("size", "min_side_fraction", "max_side_fraction") if key in scene_kwargs
     }
-    return make_count(
-        rng, counting_scene(rng, wanted or rng.randint(0, 3), **passed), wanted
-    )
+    return make_count(rng, counting_scene(rng, wanted or rng.randint(0, 3), **passed), wanted)
 
 
 def sample_example(

@@ -1,7 +1,7 @@
 """Pictures for nano: coloured shapes, printed words and numbers on light backgrounds, drawn with PIL alone.
 
-A `Scene` says what is in the picture and where; `Scene.draw` paints it. Everything random comes from the `random.Random` that the
-caller passes, so a seed names one picture for good.
+A `Scene` says what is in the picture and where; `Scene.draw` paints it. All chance comes from the `random.Random`
+that the caller passes, so a seed names one picture for good.
 """
 
 import math
@@ -40,11 +40,13 @@ SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross", "diamond")
 # Most a shape of a kind is turned, in degrees: never so far that one kind looks like another.
 MAX_ANGLES = MappingProxyType({"circle": 0, "square": 6, "triangle": 10, "star": 15, "cross": 12, "diamond": 6})
 
-WORDS = tuple(
-    "ACT AIR APPLE BAG BALL BEAR BIRD BOOK BOX BREAD BUS CAKE CAR CAT CHAIR CLOUD COW CUP DOG DOOR DUCK EGG FARM FISH FLOWER FOX "
-    "FROG GARDEN GOLD HAND HAT HOME HORSE HOUSE ICE JAM KEY KING LAKE LAMP LION MAP MILK MOON MOUSE NEST OPEN PARK PEN QUEEN RAIN "
-    "RIVER ROAD SEA SHIP SILVER SNOW SUN TABLE TRAIN TREE VAN WATER WIND WOLF YARD ZOO".split()
-)
+_WORD_LIST = """
+ACT AIR APPLE BAG BALL BEAR BIRD BOOK BOX BREAD BUS CAKE CAR CAT CHAIR CLOUD COW CUP DOG DOOR DUCK EGG FARM
+FISH FLOWER FOX FROG GARDEN GOLD HAND HAT HOME HORSE HOUSE ICE JAM KEY KING LAKE LAMP LION MAP MILK MOON MOUSE
+NEST OPEN PARK PEN QUEEN RAIN RIVER ROAD SEA SHIP SILVER SNOW SUN TABLE TRAIN TREE VAN WATER WIND WOLF YARD
+ZOO
+"""
+WORDS = tuple(_WORD_LIST.split())
 
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
@@ -280,7 +282,7 @@ def random_text_plan(rng: random.Random) -> ObjectPlan:
 
 
 def _extent(rng: random.Random, plan: ObjectPlan, size: Size, low: float, high: float) -> Size:
-    """Width and height of an object whose side is between the fractions `low` and `high` of the picture's shorter side."""
+    """Draws a width and height whose middle is between the parts `low` and `high` of the picture's shorter side."""
     side = rng.uniform(low, high) * min(size)
     if plan.kind == "shape":
         stretch = math.sqrt(rng.uniform(0.8, 1.25))

@@ -1,8 +1,8 @@
 """nano's tokenizer: byte-level BPE cut like DeepSeek's, small, with one token for every coordinate.
 
-The vocabulary is built anew each time from the phrases in `questions` and comes out the same: 256 bytes, the numbers 10 to 999,
-merges for the words of questions and answers, the special tokens at the end. Capital letters never join, so printed words are
-read letter by letter.
+The vocabulary is built anew each time from the phrases in `questions` and comes out the same: 256 bytes, the numbers 10
+to 999, merges for the words of questions and answers, the special tokens at the end. Capital letters never join, so
+printed words are read letter by letter.
 """
 
 import json
@@ -30,17 +30,15 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Words that later questions are likely to need, so that they find their tokens ready.
-MORE_WORDS = (
-    "a an and any are at above behind below beside between big biggest bottom box boxes bright by center centre close color colors "
-    "corner dark different does edge first five four from front get give half has have height here high how image in inside is it "
-    "its just large larger largest last left less letter letters light like line locate long look lower many middle more most near "
-    "next no none not nothing now number numbers of on only or other out outside over page part photo picture place please point "
-    "position read right row same second see seven shape side sign six size small smaller smallest some tall text than that the "
-    "their them then there these they thing things this those three to top two under up upper very what where which white wide "
-    "width with word words yes you your zero one again ask answer about after all also background before big but can chart "
-    "compare describe detail draw each empty end every example few fill find full grey human between language"
-).split()
+# Words that later questions are likely to need, so that they find their tokens ready; and answers that start with one.
+_WORD_LIST = """
+above and at below beside between big bigger biggest both bottom bright by center column corner count
+different down find first five four it large larger largest last left letter letters line locate middle more
+most name near nearest next no not on only or other over part photo please read right row same second side six
+small smaller smallest tall than these they three top two under up yes zero
+"""
+MORE_WORDS = tuple(_WORD_LIST.split())
+MORE_ANSWERS = ("yes", "no", "left", "right", "above", "below", "zero", "one", "two", "three", "none", "both")
 
 
 def _phrases() -> Iterator[str]:
@@ -80,7 +78,7 @@ def _word_merges(alphabet: list[str], limit: int) -> list[tuple[str, str]]:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = _pre_tokenizer()
     # The phrases weigh more than the other words, so their merges come first.
-    corpus = [phrase for phrase in _phrases() for _ in range(4)] + [f" {word}" for word in MORE_WORDS]
+    corpus = [phrase for phrase in _phrases() for _ in range(4)] + [f" {word}" for word in MORE_WORDS] + [*MORE_ANSWERS]
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + limit, min_frequency=1, initial_alphabet=alphabet, show_progress=False
     )
@@ -101,7 +99,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokens = [*alphabet, *numbers, *(left + right for left, right in word_merges)]
     if len(tokens) + len(SPECIAL_TOKENS) != VOCAB_SIZE or len(set(tokens)) != len(tokens):
         raise RuntimeError(
-            f"the phrases give {len(word_merges)} merges, {limit} are needed for a vocabulary of {VOCAB_SIZE}; add to MORE_WORDS"
+            f"the phrases give {len(word_merges)} merges where a vocabulary of {VOCAB_SIZE} takes {limit}; add words"
         )
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=_number_merges() + word_merges))
