@@ -340,6 +340,11 @@ def place_objects(
     return tuple(placed)
 
 
+def _check_names(what: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    if names is not None and (not names or not set(names) <= set(known)):
+        raise ValueError(f"{what} must be some of {', '.join(known)}, got {list(names)}")
+
+
 def random_plans(
     rng: random.Random,
     num_objects: int,
@@ -350,6 +355,8 @@ def random_plans(
     colors: Sequence[str] | None = None,
 ) -> list[ObjectPlan]:
     """Draws what a scene holds; see `random_scene` for the arguments."""
+    _check_names("shapes", shapes, SHAPE_NAMES)
+    _check_names("colors", colors, COLOR_NAMES)
     if shapes is None:
         shapes = SHAPE_NAMES if rng.random() < 0.75 else rng.sample(SHAPE_NAMES, rng.randint(1, 3))
     if colors is None:
@@ -391,7 +398,7 @@ def random_scene(
         colors: The same for colours.
 
     Raises:
-        ValueError: If the bounds on the number or the size of objects make no sense.
+        ValueError: If the bounds on the number or the size of objects make no sense, or a shape or colour is unknown.
     """
     low, high = num_objects
     if not 0 <= low <= high:
