@@ -248,6 +248,7 @@ def counting_scene(
     count: int | None = None,
     *,
     size: Size | None = None,
+    max_objects: int = MAX_COUNT + 3,
     min_side_fraction: float = 0.14,
     max_side_fraction: float = 0.4,
 ) -> Scene:
@@ -257,6 +258,7 @@ def counting_scene(
         rng: Source of chance.
         count: Members of the class; drawn from 1 to `MAX_COUNT` if not given.
         size: Width and height in pixels; drawn if not given.
+        max_objects: Most objects in all; the class keeps its `count` members even if there are more.
         min_side_fraction: Smallest object side, as a part of the picture's shorter side.
         max_side_fraction: Largest one.
     """
@@ -278,7 +280,8 @@ def counting_scene(
             )
         )
     # Others share the colour or the shape of the class, but not what defines it.
-    for _ in range(0 if kind == "any" else rng.randint(0 if count else 1, 3)):
+    num_others = 0 if kind == "any" else min(rng.randint(0, 3), max_objects - count)
+    for _ in range(num_others if count else max(1, num_others)):
         if kind == "shape":
             plans.append(ObjectPlan("shape", rng.choice(other_shapes), rng.choice(COLOR_NAMES)))
         elif kind == "color" or rng.random() < 0.5:
@@ -359,10 +362,11 @@ def _sample_count(rng: random.Random, scene_kwargs: Mapping[str, Any]) -> Exampl
     wanted = rng.randint(1, most) if most and rng.random() >= 0.1 else 0
     if rng.random() < 0.25:
         return make_count(rng, random_scene(rng, **scene_kwargs), wanted)
+    others = scene_kwargs.get("num_objects", (1, MAX_COUNT + 3))[1]
     passed = {
         key: scene_kwargs[key] for key in ("size", "min_side_fraction", "max_side_fraction") if key in scene_kwargs
     }
-    return make_count(rng, counting_scene(rng, wanted or rng.randint(0, 3), **passed), wanted)
+    return make_count(rng, counting_scene(rng, wanted or rng.randint(0, 3), max_objects=others, **passed), wanted)
 
 
 def sample_example(

@@ -183,6 +183,9 @@ def test_examples_repeat_and_splits_differ():
 
 
 def test_scene_arguments_reach_the_scene():
+    assert all(
+        len(example_at("test", index, {"count": 1}, {"num_objects": (1, 2)}).scene.objects) <= 3 for index in range(50)
+    )
     for task in TASKS:
         kwargs = {"size": (224, 224), "num_objects": (1, 2), "max_side_fraction": 0.3}
         for index in range(20):
@@ -246,9 +249,8 @@ def test_dense_targets_agree_with_the_painted_picture():
             share = np.asarray(mask).reshape(8, 28, 8, 28).mean(axis=(1, 3)) / 255
             tiles = targets.presence[1:].reshape(2, 2, 4, 4).transpose(0, 2, 1, 3).reshape(8, 8)
             assert (share[tiles == index] > 0.15).all()
-            others = [np.asarray(Scene(224, 224, GROUND, (other,)).draw()) for other in scene.objects if other != item]
-            if not others:
-                assert ((tiles == index) == (share > 0.15)).all()
+            # A cell that it covers is its own, or belongs to another object.
+            assert (tiles[share > 0.15] >= 0).all() and (tiles[share > 0.5] == index).all()
 
 
 def test_dense_targets_of_nothing():
