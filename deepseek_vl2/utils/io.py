@@ -1,0 +1,245 @@
+"""What comes from outside: pictures, JSON files, and the one loader of model and processor."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from attrdict import AttrDict
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+
+from deepseek_vl2.utils.pictures import load_image, load_pil_images
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+
+__all__ = [
+    "LoadedModel",
+    "load_image",
+    "load_json",
+    "load_pil_images",
+    "load_pretrained_model",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_model_path",
+]
+
+logger = logging.getLogger(__name__)
+
+NANO = "nano"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HUB_TIMEOUT = 5.0
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_PROCESSOR_FILES = ("processor_config.json", "tokenizer.json")
+
+
+class LoadedModel(NamedTuple):
+    """What `load_pretrained_model` gives, in the order of the reference."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    processor: "DeepseekVLV2Processor"
+    model: "DeepseekVLV2ForCausalLM"
+
+
+def load_json(path: str | os.PathLike[str]) -> AttrDict:
+    """Read a JSON object; its keys, nested ones too, can be read as attributes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, not JSON, or no object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds {type(content).__name__}")
+    return AttrDict(content)
+
+
+def resolve_model_path(name_or_path: str | os.PathLike[str]) -> str:
+    """Find the folder that a model's name means.
+
+    Args:
+        name_or_path: `"nano"` for the bundled model (`"./nano"` is a folder), an existing folder, or a name on the
+            Hugging Face hub.
+
+    Returns:
+        A folder's path, or the hub name as it is.
+
+    Raises:
+        FileNotFoundError: what can only be a path does not exist.
+        NotADirectoryError: it is a file.
+    """
+    text = os.fspath(name_or_path)
+    if text == NANO:
+        from deepseek_vl2 import nano
+
+        return nano.path()
+    folder = Path(text).expanduser()
+    if text and folder.is_dir():
+        return str(folder)
+    if text and folder.exists():
+        raise NotADirectoryError(f"{text!r} is a file; give the folder that holds config.json")
+    if not isinstance(name_or_path, str) or not text or text.startswith((".", "~", os.sep)) or text.count("/") > 1:
+        raise FileNotFoundError(f"there is no model folder {text!r}")
+    return text
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Choose where a model runs.
+
+    Args:
+        device: `"auto"` (CUDA, else MPS, else CPU), `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`.
+
+    Raises:
+        ValueError: an unknown name, or a device that this machine does not have.
+    """
+    cuda_count, has_mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, _has_mps()
+    if device == "auto":
+        return torch.device("cuda" if cuda_count else "mps" if has_mps else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {str(device)!r}: take auto, cpu, cuda, cuda:N or mps")
+    missing = {"cpu": False, "cuda": (chosen.index or 0) >= cuda_count, "mps": not has_mps}[chosen.type]
+    if missing:
+        present = ["cpu", *(f"cuda:{index}" for index in range(cuda_count)), *(["mps"] if has_mps else [])]
+        raise ValueError(
+            f"device {str(device)!r} is not available here (there is: {', '.join(present)}); use --device cpu"
+        )
+    return chosen
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """Read a dtype's name.
+
+    Args:
+        dtype: a torch dtype, `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"` for the checkpoint's own.
+
+    Raises:
+        ValueError: another name or dtype.
+    """
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ValueError(f"unknown dtype {str(dtype)!r}: take one of auto, {', '.join(DTYPES)}")
+
+
+def load_pretrained_model(
+    path: str | os.PathLike[str],
+    dtype: str | torch.dtype = torch.bfloat16,
+    device: str | torch.device = "auto",
+    **model_options: Any,
+) -> LoadedModel:
+    """Load a model for inference, with its processor and tokenizer.
+
+    Args:
+        path: see `resolve_model_path`. A hub name is downloaded once, then read from the cache.
+        dtype: see `resolve_dtype`.
+        device: see `resolve_device`. Leave it at `"auto"` when a `device_map` is among the options.
+        model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`.
+
+    Returns:
+        Tokenizer, processor and model (in eval mode).
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ConnectionError: the hub cannot be reached and the model is not in the cache.
+        ValueError: a device or dtype that does not fit, or a checkpoint that does not fit the model or tokenizer.
+    """
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+
+    torch_dtype = resolve_dtype(dtype)
+    model_options["device_map"] = _device_map(device, model_options)
+    folder = _checkpoint_folder(resolve_model_path(path))
+    processor = DeepseekVLV2Processor.from_pretrained(folder)
+    try:
+        loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the loading info, and refused below
+            **model_options,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are broken or cut off: {error}") from error
+    model, info = loaded
+    _check_loading(info, folder)
+    processor.check_vocab(model.config.language_config.vocab_size)
+    return LoadedModel(processor.tokenizer, processor, model.eval())
+
+
+def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> Any:
+    device_map = model_options.get("device_map")
+    if device_map is None:
+        return {"": resolve_device(device)}
+    if device != "auto":
+        raise ValueError(f"give device={str(device)!r} or device_map={device_map!r}, not both")
+    return device_map
+
+
+def _checkpoint_folder(name_or_folder: str) -> str:
+    """Return a folder that holds config and processor; a hub name is downloaded."""
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = Path(_download(name_or_folder))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
+    missing = [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}: the model's processor is missing. "
+            "Copy these files from the model it was made of, or save it there: processor.save_pretrained(folder)."
+        )
+    return str(folder)
+
+
+def _download(name: str) -> str:
+    """Bring a hub model into the cache and return its folder; without a network, the folder that is there already."""
+    try:
+        return snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=HUB_TIMEOUT)
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{name!r} is no folder here, the Hugging Face hub cannot be reached (no network, or offline mode), and "
+            f"no complete copy of {name!r} is in its cache. Without a network the bundled model works: 'nano'."
+        ) from error
+    except GatedRepoError as error:
+        raise PermissionError(f"{name!r} asks for an agreement on the hub first, then for `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor a model on the Hugging Face hub (private: `hf auth login` first)"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is neither a folder here nor a possible name on the hub: {error}") from error
+
+
+def _check_loading(info: dict[str, Any], folder: str) -> None:
+    """Refuse a checkpoint that leaves weights at random, or holds others.
+
+    Raises:
+        ValueError: keys are missing, unexpected or of another shape.
+    """
+    complaints = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, info.get(kind) or ()))
+        if found:
+            shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            complaints.append(f"{len(found)} {kind.replace('_', ' ')} ({shown})")
+    if complaints:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(complaints)}")

@@ -1,0 +1,258 @@
+"""The loader of model and processor, its choices of device and dtype, and JSON files."""
+
+import json
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from deepseek_vl2.utils import io
+from deepseek_vl2.utils.io import load_json, load_pretrained_model, resolve_device, resolve_dtype, resolve_model_path
+
+
+def test_load_json_gives_attributes_of_nested_objects(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"a": {"b": {"c": 3}}, "名": "值", "list": [{"d": 4}]}), encoding="utf-8")
+    loaded = load_json(file)
+    assert loaded.a.b.c == 3 and loaded["a"]["b"]["c"] == 3
+    assert loaded["名"] == "值" and loaded.list[0].d == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b": }', r"bad\.json is not valid JSON: line 2, column 7"),
+        (b"", r"bad\.json is not valid JSON: line 1"),
+        (b"[1, 2]", r"bad\.json must hold a JSON object, it holds list"),
+        (b"\xff\xfe\x00", r"bad\.json is not UTF-8"),
+    ],
+)
+def test_bad_json_is_named(tmp_path, content, message):
+    file = tmp_path / "bad.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_json(file)
+
+
+def test_missing_json_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.json"):
+        load_json(tmp_path / "gone.json")
+
+
+def test_model_path_of_a_folder_and_of_a_hub_name(tmp_path):
+    assert resolve_model_path(tmp_path) == str(tmp_path)
+    assert resolve_model_path("deepseek-ai/deepseek-vl2-tiny") == "deepseek-ai/deepseek-vl2-tiny"
+
+
+def test_nano_is_the_bundled_model_even_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    bundled = types.ModuleType("deepseek_vl2.nano")
+    bundled.path = lambda: "/bundled/checkpoint"
+    monkeypatch.setitem(sys.modules, "deepseek_vl2.nano", bundled)
+    monkeypatch.setattr("deepseek_vl2.nano", bundled, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert resolve_model_path("nano") == "/bundled/checkpoint"
+    assert resolve_model_path("./nano") == "nano"
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone/away", "a/b/c", "~/no-such-folder-here", ""])
+def test_a_missing_folder_is_named(name):
+    with pytest.raises(FileNotFoundError, match=f"no model folder '{name}'"):
+        resolve_model_path(name)
+
+
+def test_a_file_is_no_model_folder(tmp_path):
+    file = tmp_path / "config.json"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match="give the folder"):
+        resolve_model_path(str(file))
+
+
+def _machine(monkeypatch, cuda, mps):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "mps", "chosen"),
+    [
+        ("auto", 0, False, "cpu"),
+        ("auto", 0, True, "mps"),
+        ("auto", 2, True, "cuda"),
+        ("cpu", 2, True, "cpu"),
+        ("cuda", 1, False, "cuda"),
+        ("cuda:1", 2, False, "cuda:1"),
+        (torch.device("mps"), 0, True, "mps"),
+    ],
+)
+def test_device_choice(monkeypatch, asked, cuda, mps, chosen):
+    _machine(monkeypatch, cuda, mps)
+    assert resolve_device(asked) == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "mps", "message"),
+    [
+        ("cuda", 0, False, r"'cuda' is not available here \(there is: cpu\); use --device cpu"),
+        ("cuda:2", 2, False, r"'cuda:2' is not available here \(there is: cpu, cuda:0, cuda:1\)"),
+        ("mps", 1, False, r"'mps' is not available here \(there is: cpu, cuda:0\); use --device cpu"),
+        ("gpu", 1, True, "unknown device 'gpu': take auto, cpu, cuda, cuda:N or mps"),
+        ("meta", 0, False, "unknown device 'meta'"),
+        ("", 0, False, "unknown device ''"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, asked, cuda, mps, message):
+    _machine(monkeypatch, cuda, mps)
+    with pytest.raises(ValueError, match=message):
+        resolve_device(asked)
+
+
+def test_dtype_choice():
+    assert resolve_dtype("auto") == "auto"
+    assert resolve_dtype("bfloat16") is torch.bfloat16
+    assert resolve_dtype("float16") is torch.float16
+    assert resolve_dtype(torch.float32) is torch.float32
+
+
+@pytest.mark.parametrize("name", ["int8", "fp32", torch.int8])
+def test_unknown_dtype(name):
+    with pytest.raises(ValueError, match="take one of auto, bfloat16, float16, float32"):
+        resolve_dtype(name)
+
+
+class FakeProcessor:
+    """Stands for the processor: remembers what it is asked."""
+
+    tokenizer = "the tokenizer"
+    checked_vocab = None
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls()
+
+    def check_vocab(self, vocab_size):
+        self.checked_vocab = vocab_size
+
+
+class FakeModel(torch.nn.Linear):
+    """Stands for the model."""
+
+    info: dict = {}  # noqa: RUF012 - set by the tests
+    options: dict = {}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, folder, **options):
+        cls.options = options
+        model = cls(2, 3).to(options["dtype"])
+        model.config = types.SimpleNamespace(language_config=types.SimpleNamespace(vocab_size=123))
+        return model, cls.info
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A folder with the files of a checkpoint, and a models package that pretends to load it."""
+    fake = types.ModuleType("deepseek_vl2.models")
+    fake.DeepseekVLV2Processor, fake.DeepseekVLV2ForCausalLM = FakeProcessor, FakeModel
+    monkeypatch.setitem(sys.modules, "deepseek_vl2.models", fake)
+    monkeypatch.setattr(FakeModel, "info", {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
+    for name in ("config.json", "processor_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+def test_loader_returns_tokenizer_processor_model(checkpoint):
+    tokenizer, processor, model = load_pretrained_model(checkpoint, "float32", "cpu", attn_implementation="eager")
+    assert tokenizer == "the tokenizer"
+    assert processor.checked_vocab == 123
+    assert not model.training and model.weight.dtype == torch.float32
+    assert FakeModel.options["attn_implementation"] == "eager"
+    assert FakeModel.options["device_map"] == {"": torch.device("cpu")}
+
+
+def test_loader_takes_a_device_map_instead_of_a_device(checkpoint):
+    load_pretrained_model(checkpoint, device_map="auto")
+    assert FakeModel.options["device_map"] == "auto"
+    with pytest.raises(ValueError, match="give device='cpu' or device_map='auto', not both"):
+        load_pretrained_model(checkpoint, device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("kind", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+def test_weights_that_do_not_fit_are_refused(checkpoint, monkeypatch, kind):
+    monkeypatch.setattr(FakeModel, "info", {kind: [f"layer.{index}" for index in range(7)]})
+    with pytest.raises(ValueError, match=rf"do not fit its config\.json: 7 {kind.replace('_', ' ')} \(layer\.0, layer"):
+        load_pretrained_model(checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("config.json", r"no config\.json: it is not a model folder"),
+        ("processor_config.json", r"no processor_config\.json: the model's processor is missing"),
+        ("tokenizer.json", r"no tokenizer\.json: the model's processor is missing"),
+    ],
+)
+def test_a_missing_file_of_the_folder_is_named(checkpoint, gone, message):
+    (checkpoint / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        load_pretrained_model(checkpoint, device="cpu")
+
+
+def test_bad_choices_are_refused_before_anything_is_loaded(checkpoint, monkeypatch):
+    _machine(monkeypatch, 0, False)
+    for options in ({"device": "cuda"}, {"dtype": "int4"}):
+        with pytest.raises(ValueError, match=r"not available|unknown dtype"):
+            load_pretrained_model("some/model", **options)
+
+
+@pytest.fixture
+def no_network(checkpoint, monkeypatch, tmp_path):
+    """A hub address at which nobody listens, and an empty cache."""
+    download = io.snapshot_download
+    monkeypatch.setattr(
+        io,
+        "snapshot_download",
+        lambda name, **options: download(
+            name, **options, endpoint="http://127.0.0.1:9", cache_dir=tmp_path / "empty cache"
+        ),
+    )
+
+
+def test_a_hub_name_without_network_says_so_within_seconds(no_network):
+    started = time.monotonic()
+    with pytest.raises(
+        ConnectionError, match=r"hub cannot be reached .* no complete copy .* bundled model works: 'nano'"
+    ):
+        load_pretrained_model("deepseek-ai/deepseek-vl2-tiny", device="cpu")
+    assert time.monotonic() - started < 8
+
+
+def test_offline_mode_says_so(no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="offline mode"):
+        load_pretrained_model("deepseek-ai/deepseek-vl2-tiny", device="cpu")
+
+
+def test_an_impossible_hub_name(no_network):
+    with pytest.raises(ValueError, match="'bad name' is neither a folder here nor a possible name on the hub"):
+        load_pretrained_model("bad name", device="cpu")
+
+
+def test_a_model_in_the_cache_works_without_network(checkpoint, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    repository = cache / "models--someone--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for name in ("config.json", "processor_config.json", "tokenizer.json"):
+        (snapshot / name).write_text("{}")
+    download = io.snapshot_download
+    monkeypatch.setattr(
+        io,
+        "snapshot_download",
+        lambda name, **options: download(name, **options, endpoint="http://127.0.0.1:9", cache_dir=cache),
+    )
+    assert load_pretrained_model("someone/model", device="cpu").tokenizer == "the tokenizer"
