@@ -2,15 +2,12 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_utils import load_image
 
 from deepseek_vl2.models.chat_format import (
     ANSWER_START,
@@ -22,7 +19,14 @@ from deepseek_vl2.models.chat_format import (
 )
 from deepseek_vl2.models.conversation import get_conv_template
 from deepseek_vl2.models.image_transform import ImageTransform
-from deepseek_vl2.models.processor_outputs import BatchCollateOutput, VLChatProcessorOutput
+from deepseek_vl2.models.processor_inputs import (
+    check_messages,
+    check_transformers_arguments,
+    checked_pictures,
+    checked_resolutions,
+    pictures_by_text,
+)
+from deepseek_vl2.models.processor_outputs import BatchCollateOutput, VLChatProcessorOutput, collate
 from deepseek_vl2.models.special_tokens import CHAT_TOKENS, GROUNDING_TOKENS, IMAGE, PAD, USER
 from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, choose_grid, num_image_tokens, select_best_resolution
 from deepseek_vl2.models.tokenizer_setup import add_missing_tokens, check_byte_level
@@ -36,10 +40,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-# Arguments of transformers' calls that have no effect here: a batch is always padded, bos is always put once.
-_IGNORED_ARGUMENTS = {"return_tensors", "padding", "add_special_tokens", "videos", "audio", "truncation", "max_length"}
-_DOWNLOAD_SECONDS = 10.0
 
 
 class TokenizedText(NamedTuple):
@@ -58,8 +58,11 @@ class TokenizedText(NamedTuple):
 
     def extend(self, other: "TokenizedText") -> None:
         """Append another text."""
-        for mine, its in zip(self, other, strict=True):
-            mine.extend(its)
+        self.input_ids.extend(other.input_ids)
+        self.images.extend(other.images)
+        self.images_seq_mask.extend(other.images_seq_mask)
+        self.images_spatial_crop.extend(other.images_spatial_crop)
+        self.num_image_tokens.extend(other.num_image_tokens)
 
 
 class TokenizedMessages(NamedTuple):
@@ -119,7 +122,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.candidate_resolutions = _checked_resolutions(candidate_resolutions)
+        self.candidate_resolutions = checked_resolutions(candidate_resolutions)
         self.image_size = self.candidate_resolutions[0][0]
         self.patch_size = patch_size
         self.downsample_ratio = downsample_ratio
@@ -217,8 +220,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
         outside = {token: token_id for token, token_id in ids.items() if token_id >= vocab_size}
         if outside:
             raise ValueError(
-                f"the model has {vocab_size} embeddings, but the tokenizer gives the special tokens {outside}: tokenizer "
-                "and model do not belong together, or the tokenizer came without its special tokens"
+                f"the model has {vocab_size} embeddings, but the tokenizer gives the special tokens {outside}: "
+                "tokenizer and model do not belong together, or the tokenizer came without its special tokens"
             )
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
@@ -297,8 +300,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
         texts = conversation.split(self.image_token)
         if len(texts) - 1 != len(images):
             raise ValueError(
-                f"{len(images)} picture(s) given for {len(texts) - 1} {self.image_token} mark(s) in {conversation[:80]!r}: "
-                "every mark needs one picture"
+                f"{len(images)} picture(s) given for {len(texts) - 1} {self.image_token} mark(s) in "
+                f"{conversation[:80]!r}: every mark needs one picture"
             )
         result = TokenizedText.empty()
 
@@ -368,7 +371,6 @@ class DeepseekVLV2Processor(ProcessorMixin):
         apply_sft_format: bool = False,
         inference_mode: bool = True,
         system_prompt: str = "",
-        **kwargs: Any,
     ) -> VLChatProcessorOutput:
         """Encode one conversation or one prompt.
 
@@ -379,7 +381,6 @@ class DeepseekVLV2Processor(ProcessorMixin):
             apply_sft_format: whether to print `prompt` as a question first.
             inference_mode: whether to leave out an eos at the end, so that generation goes on from there.
             system_prompt: changes the printed `sft_format` only; give the model a message of role `system` instead.
-            **kwargs: ignored, for calls written for the reference.
 
         Raises:
             ValueError: both or neither of prompt and conversation; an empty one; anything that
@@ -390,12 +391,12 @@ class DeepseekVLV2Processor(ProcessorMixin):
         if not prompt and not conversations:
             raise ValueError("nothing to encode: the conversation (or prompt) is empty")
         if conversations:
-            _check_messages(conversations)
-            pictures = _checked_pictures(pictures_in(conversations) if images is None else images)
+            check_messages(conversations)
+            pictures = checked_pictures(pictures_in(conversations) if images is None else images)
             printed = self.format_messages(conversations, self.sft_format, system_prompt)
             encoded = self.format_messages_v2(conversations, pictures)
         else:
-            pictures = _checked_pictures(images or [])
+            pictures = checked_pictures([] if images is None else images)
             printed = prompt or ""
             if apply_sft_format:
                 printed = self.format_prompts(printed, self.sft_format, system_prompt)
@@ -430,14 +431,14 @@ class DeepseekVLV2Processor(ProcessorMixin):
             **kwargs: arguments that transformers passes; only `padding_side` has an effect, and only with `text`.
 
         Returns:
-            A batch (`force_batchify`), a sample, or with `text` a `BatchFeature` that holds exactly what the model takes.
+            A batch (`force_batchify`), a sample, or with `text` a `BatchFeature` of exactly what the model takes.
 
         Raises:
             ValueError: see `process_one`; a `return_tensors` other than `pt`; truncation.
             TypeError: an unknown argument.
         """
         padding_side = kwargs.pop("padding_side", "left")
-        _check_transformers_arguments(kwargs)
+        check_transformers_arguments(kwargs)
         if text is not None:
             if prompt is not None or conversations is not None:
                 raise ValueError("give one of text, prompt and conversations, not several")
@@ -455,8 +456,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
     def batchify(self, sample_list: Sequence[VLChatProcessorOutput], padding: str = "left") -> BatchCollateOutput:
         """Join samples to a batch.
 
-        With left padding a label equal to the pad id becomes `ignore_id`, as in the reference: where a tokenizer pads
-        with eos, the end of an answer is then not learnt. Right padding, which training uses, keeps it.
+        See `collate` for what becomes of labels.
 
         Args:
             sample_list: what `process_one` returned.
@@ -465,31 +465,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Raises:
             ValueError: no samples, or another padding.
         """
-        samples = list(sample_list)
-        if not samples:
-            raise ValueError("no samples to batch: the list is empty")
-        if padding not in ("left", "right"):
-            raise ValueError(f"unknown padding {padding!r}: take 'left' or 'right'")
-
-        def join(name: str, value: int | bool) -> torch.Tensor:
-            rows = [getattr(sample, name) for sample in samples]
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding)
-
-        labels = join("target_ids", self.ignore_id)
-        if padding == "left":
-            labels[labels == self.pad_id] = self.ignore_id
-        lengths = [len(sample) for sample in samples]
-        present = [torch.ones(length, dtype=torch.bool) for length in lengths]
-        return BatchCollateOutput(
-            sft_format=[sample.sft_format for sample in samples],
-            input_ids=join("input_ids", self.pad_id),
-            labels=labels,
-            images=pad_sequence([sample.images for sample in samples], batch_first=True),
-            attention_mask=pad_sequence(present, batch_first=True, padding_value=False, padding_side=padding),
-            images_seq_mask=join("images_seq_mask", False),
-            images_spatial_crop=pad_sequence([sample.images_spatial_crop for sample in samples], batch_first=True),
-            seq_lens=lengths,
-        )
+        return collate(sample_list, self.pad_id, self.ignore_id, padding)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -506,8 +482,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
     def _check_count(self, num_marks: int, num_pictures: int) -> None:
         if num_marks != num_pictures:
             raise ValueError(
-                f"{num_pictures} picture(s) given for {num_marks} {self.image_token} mark(s) in the conversation: every "
-                "mark needs one picture, and every picture one mark"
+                f"{num_pictures} picture(s) given for {num_marks} {self.image_token} mark(s) in the conversation: "
+                "every mark needs one picture, and every picture one mark"
             )
 
     def _sample(self, printed: str, encoded: TokenizedMessages, drop_eos: bool) -> VLChatProcessorOutput:
@@ -529,7 +505,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
     def _encode_texts(self, texts: list[str], images: Any, padding_side: str) -> BatchFeature:
         """Encode printed prompts, each with its pictures, to a padded batch."""
         counts = [text.count(self.image_token) for text in texts]
-        rows = zip(texts, _pictures_by_text(images, counts), strict=True)
+        rows = zip(texts, pictures_by_text(images, counts), strict=True)
         batch = self.batchify([self._encode_text(text, pictures) for text, pictures in rows], padding_side)
         data = {name: batch[name] for name in self.model_input_names}
         data["attention_mask"] = data["attention_mask"].long()
@@ -546,87 +522,3 @@ class DeepseekVLV2Processor(ProcessorMixin):
             result.extend(self.tokenize_with_images(piece, own, bos=i == 0, eos=False, cropping=cropping))
         encoded = TokenizedMessages(result.input_ids, result.input_ids, *result[1:])
         return self._sample(text, encoded, drop_eos=False)
-
-
-def _checked_resolutions(candidates: Any) -> tuple[tuple[int, int], ...]:
-    """Return candidate resolutions as tuples, or raise a ValueError that shows them."""
-    problem = ValueError(
-        "candidate_resolutions has to be a list of (width, height), the first a square view and all others whole "
-        f"multiples of it, got {candidates!r}"
-    )
-    if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
-        raise problem
-    for pair in candidates:
-        is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-        if not is_pair or not all(isinstance(side, int) and side > 0 for side in pair):
-            raise problem
-    view = candidates[0][0]
-    if candidates[0][1] != view or any(side % view for pair in candidates for side in pair):
-        raise problem
-    return tuple((width, height) for width, height in candidates)
-
-
-def _check_messages(messages: Any) -> None:
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(
-                f"message {i} has to be a dictionary with role and content, got {message!r:.80}. One conversation at a "
-                "time: encode several with force_batchify=False and join them with batchify"
-            )
-
-
-def _checked_pictures(images: Any) -> list[Image.Image]:
-    pictures = [images] if isinstance(images, Image.Image) else list(images)
-    for i, picture in enumerate(pictures):
-        if not isinstance(picture, Image.Image):
-            raise ValueError(
-                f"images[{i}] is not a PIL picture but {type(picture).__name__} {picture!r:.80}: "
-                "deepseek_vl2.utils.io.load_pil_images reads files, addresses and bytes"
-            )
-    return pictures
-
-
-def _check_transformers_arguments(arguments: Mapping[str, Any]) -> None:
-    unknown = sorted(set(arguments) - _IGNORED_ARGUMENTS)
-    if unknown:
-        raise TypeError(f"unknown arguments {unknown}")
-    if arguments.get("return_tensors") not in (None, "pt"):
-        raise ValueError(f"return_tensors={arguments['return_tensors']!r} is not available, only 'pt'")
-    if arguments.get("truncation"):
-        raise ValueError("truncation would cut pictures apart: shorten the text or give fewer pictures")
-    given = [name for name in ("videos", "audio") if arguments.get(name)]
-    if given:
-        raise ValueError(f"the model takes text and pictures, no {' and no '.join(given)}")
-
-
-def _pictures_by_text(images: Any, counts: Sequence[int]) -> list[list[Image.Image]]:
-    """Give every text its pictures.
-
-    Args:
-        images: nothing, one picture, a flat list that is dealt out by the marks, or one list a text.
-        counts: marks in every text.
-
-    Raises:
-        ValueError: the lists are not as many as the texts, or the flat list does not fit the marks.
-    """
-    if images is None:
-        return [[] for _ in counts]
-    if isinstance(images, (Image.Image, str, Path)):
-        images = [images]
-    if any(isinstance(item, (list, tuple)) for item in images):
-        if len(images) != len(counts):
-            raise ValueError(f"{len(images)} lists of pictures given for {len(counts)} text(s)")
-        return [_load_all(row or []) for row in images]
-    if len(counts) == 1:
-        return [_load_all(images)]
-    if len(images) != sum(counts):
-        raise ValueError(f"{len(images)} picture(s) given for {list(counts)} marks in {len(counts)} texts")
-    remaining = iter(_load_all(images))
-    return [[next(remaining) for _ in range(count)] for count in counts]
-
-
-def _load_all(images: Iterable[Any]) -> list[Image.Image]:
-    """Read the pictures that transformers passes by address."""
-    return _checked_pictures(
-        [load_image(str(item), timeout=_DOWNLOAD_SECONDS) if isinstance(item, (str, Path)) else item for item in images]
-    )

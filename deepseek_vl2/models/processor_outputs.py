@@ -1,10 +1,11 @@
 """What the processor returns: one sample, or a batch of samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 class FieldAccess:
@@ -89,3 +90,44 @@ class BatchCollateOutput(FieldAccess):
             if isinstance(value, torch.Tensor):
                 self[name] = value.to(device=device, dtype=dtype if name == "images" else None)
         return self
+
+
+def collate(
+    sample_list: Sequence[VLChatProcessorOutput], pad_id: int, ignore_id: int, padding: str = "left"
+) -> BatchCollateOutput:
+    """Join samples to a batch.
+
+    With left padding a label equal to the pad id becomes `ignore_id`, as in the reference: where a tokenizer pads with
+    eos, the end of an answer is then not learnt. Right padding, which training uses, keeps it.
+
+    Args:
+        sample_list: samples of one processor.
+        pad_id: fills up the ids.
+        ignore_id: fills up the labels.
+        padding: `left` to generate, `right` to train.
+
+    Raises:
+        ValueError: no samples, or another padding.
+    """
+    samples = list(sample_list)
+    if not samples:
+        raise ValueError("no samples to batch: the list is empty")
+    if padding not in ("left", "right"):
+        raise ValueError(f"unknown padding {padding!r}: take 'left' or 'right'")
+
+    def join(rows: list[torch.Tensor], value: float, side: str = padding) -> torch.Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+    labels = join([sample.target_ids for sample in samples], ignore_id)
+    if padding == "left":
+        labels[labels == pad_id] = ignore_id
+    return BatchCollateOutput(
+        sft_format=[sample.sft_format for sample in samples],
+        input_ids=join([sample.input_ids for sample in samples], pad_id),
+        labels=labels,
+        images=join([sample.images for sample in samples], 0, "right"),
+        attention_mask=join([torch.ones(len(sample), dtype=torch.bool) for sample in samples], False),
+        images_seq_mask=join([sample.images_seq_mask for sample in samples], False),
+        images_spatial_crop=join([sample.images_spatial_crop for sample in samples], 0, "right"),
+        seq_lens=[len(sample) for sample in samples],
+    )
