@@ -63,6 +63,6 @@ def _check_cache(cache: Cache, prompt: torch.Tensor) -> None:
     num_cached, num_tokens = cache.get_seq_length(), prompt.shape[1]
     if num_cached >= num_tokens:
         raise ValueError(
-            f"The cache holds {num_cached} tokens, the prompt has {num_tokens}: it was used before or belongs to another "
-            "prompt. Prefill a new one, or copy it with copy.deepcopy before each use."
+            f"The cache holds {num_cached} tokens, the prompt has {num_tokens}: it was used before or belongs to "
+            "another prompt. Prefill a new one, or copy it with copy.deepcopy before each use."
         )

@@ -69,9 +69,8 @@ class DeepseekV2RotaryEmbedding(nn.Module):
         elif self.rope_type in ROPE_INIT_FUNCTIONS:
             rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
         else:
-            raise ValueError(
-                f"rope_scaling type {self.rope_type!r} is unknown. Choose one of default, {', '.join(ROPE_INIT_FUNCTIONS)}."
-            )
+            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_scaling type {self.rope_type!r} is unknown. Choose one of {known}.")
         # Models are built on the meta device before loading, and these numbers come from no checkpoint.
         with torch.device("cpu"):
             inv_freq, self.attention_scaling = rope_init(config)

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
-from tqdm.auto import tqdm
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .generation import PrefilledGenerationMixin, check_prompt_length
-from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel, positions_from_mask
+from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer
 from .tiling import TileGrid, num_image_tokens
@@ -71,7 +71,7 @@ class DeepseekVLV2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        DeepseekV2PreTrainedModel._init_weights(self, module)
+        super()._init_weights(module)
         if isinstance(module, VisionTransformer):
             init.normal_(module.pos_embed, std=module.embed_dim**-0.5)
             if module.attn_pool is not None:
@@ -247,8 +247,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             num_tokens = sum(num_image_tokens(TileGrid(*grid), self.tokens_per_side) for grid in grids if all(grid))
             if num_placeholders != num_tokens:
                 raise ValueError(
-                    f"Row {row} has {num_placeholders} image placeholders, its pictures make {num_tokens} image tokens. "
-                    "Let the processor of the same checkpoint prepare text and pictures together."
+                    f"Row {row} has {num_placeholders} image placeholders, its pictures make {num_tokens} image "
+                    "tokens. Let the processor of the same checkpoint prepare text and pictures together."
                 )
 
     @torch.no_grad()

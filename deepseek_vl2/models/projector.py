@@ -1,5 +1,7 @@
 """The projector from patches of the vision tower to image tokens of the language model."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -59,6 +61,6 @@ def _build_layers(config: MlpProjectorConfig) -> nn.Module:
         block_width = config.input_dim * config.downsample_ratio**2
         widths = [block_width] + [config.n_embed * config.mlp_ratio] * (config.depth - 1) + [config.n_embed]
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+    for width_in, width_out in itertools.pairwise(widths):
         layers += [nn.Linear(width_in, width_out), nn.GELU()]
     return nn.Sequential(*layers[:-1])
