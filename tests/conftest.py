@@ -1,0 +1,38 @@
+"""For all tests: one thread a process (pytest-xdist brings several), and no network."""
+
+import os
+
+# Read by libraries when they are imported, and by the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+LOOPBACK = ("127.", "::1", "localhost")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuses connections to other machines, so that no test comes to depend on one."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and not str(address[0]).startswith(LOOPBACK):
+            raise ConnectionRefusedError(f"a test tried to reach {address}: tests use no network")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder of pyproject.toml."""
+    return Path(__file__).parents[1]
