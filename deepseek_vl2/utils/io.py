@@ -32,6 +32,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MODEL_TYPE = "deepseek_vl_v2"
 NANO = "nano"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_TIMEOUT = 5.0
@@ -169,9 +170,13 @@ def load_pretrained_model(
     model_options["device_map"] = _device_map(device, model_options)
     folder = _checkpoint_folder(resolve_model_path(path))
     processor = DeepseekVLV2Processor.from_pretrained(folder)
+    _check_config(folder)
+    config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
+    processor.check_vocab(config.language_config.vocab_size)
     try:
         loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=torch_dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the loading info, and refused below
@@ -181,7 +186,6 @@ def load_pretrained_model(
         raise ValueError(f"the weights in {folder} are broken or cut off: {error}") from error
     model, info = loaded
     _check_loading(info, folder)
-    processor.check_vocab(model.config.language_config.vocab_size)
     return LoadedModel(processor.tokenizer, processor, model.eval())
 
 
@@ -197,7 +201,7 @@ def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> An
 def _checkpoint_folder(name_or_folder: str) -> str:
     """Return a folder that holds config and processor; a hub name is downloaded."""
     folder = Path(name_or_folder)
-    if not folder.is_dir():
+    if not folder.is_dir() and not folder.is_absolute():
         folder = Path(_download(name_or_folder))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
@@ -227,6 +231,17 @@ def _download(name: str) -> str:
         ) from error
     except HFValidationError as error:
         raise ValueError(f"{name!r} is neither a folder here nor a possible name on the hub: {error}") from error
+
+
+def _check_config(folder: str) -> None:
+    """Refuse another kind of model.
+
+    Raises:
+        ValueError: the config names another model type.
+    """
+    model_type = load_json(Path(folder) / "config.json").get("model_type")
+    if model_type != MODEL_TYPE:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}; this library loads {MODEL_TYPE!r}")
 
 
 def _check_loading(info: dict[str, Any], folder: str) -> None:

@@ -1,12 +1,14 @@
 """The loader of model and processor, its choices of device and dtype, and JSON files."""
 
 import json
+import shutil
 import sys
 import time
 import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deepseek_vl2.utils import io
 from deepseek_vl2.utils.io import load_json, load_pretrained_model, resolve_device, resolve_dtype, resolve_model_path
@@ -146,9 +148,14 @@ class FakeModel(torch.nn.Linear):
     @classmethod
     def from_pretrained(cls, folder, **options):
         cls.options = options
-        model = cls(2, 3).to(options["dtype"])
-        model.config = types.SimpleNamespace(language_config=types.SimpleNamespace(vocab_size=123))
-        return model, cls.info
+        return cls(2, 3).to(options["dtype"]), cls.info
+
+    class config_class:
+        language_config = types.SimpleNamespace(vocab_size=123)
+
+        @classmethod
+        def from_pretrained(cls, folder):
+            return cls
 
 
 @pytest.fixture
@@ -159,7 +166,7 @@ def checkpoint(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepseek_vl2.models", fake)
     monkeypatch.setattr(FakeModel, "info", {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
     for name in ("config.json", "processor_config.json", "tokenizer.json"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"model_type": "deepseek_vl_v2"}')
     return tmp_path
 
 
@@ -210,6 +217,7 @@ def test_bad_choices_are_refused_before_anything_is_loaded(checkpoint, monkeypat
 @pytest.fixture
 def no_network(checkpoint, monkeypatch, tmp_path):
     """A hub address at which nobody listens, and an empty cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     download = io.snapshot_download
     monkeypatch.setattr(
         io,
@@ -248,7 +256,8 @@ def test_a_model_in_the_cache_works_without_network(checkpoint, monkeypatch, tmp
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     for name in ("config.json", "processor_config.json", "tokenizer.json"):
-        (snapshot / name).write_text("{}")
+        (snapshot / name).write_text('{"model_type": "deepseek_vl_v2"}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     download = io.snapshot_download
     monkeypatch.setattr(
         io,
@@ -256,3 +265,71 @@ def test_a_model_in_the_cache_works_without_network(checkpoint, monkeypatch, tmp
         lambda name, **options: download(name, **options, endpoint="http://127.0.0.1:9", cache_dir=cache),
     )
     assert load_pretrained_model("someone/model", device="cpu").tokenizer == "the tokenizer"
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory):
+    """A real checkpoint folder with random weights."""
+    from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
+
+    folder = tmp_path_factory.mktemp("small checkpoint")
+    processor = nano_processor()
+    processor.save_pretrained(folder)
+    untrained_nano(processor.tokenizer, seed=3).save_pretrained(folder)
+    return folder
+
+
+def test_a_real_checkpoint_loads_and_runs(small_checkpoint):
+    tokenizer, processor, model = load_pretrained_model(str(small_checkpoint), "float32", "cpu")
+    assert tokenizer is processor.tokenizer and not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    inputs = processor(prompt="Hello", force_batchify=True)
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
+def _copy_with_weights(folder, target, change):
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("view_seperator"), r"1 missing keys \(view_seperator\)"),
+        (lambda weights: weights.update(extra=torch.zeros(2)), r"1 unexpected keys \(extra\)"),
+        (lambda weights: weights.update(image_newline=torch.zeros(5)), r"1 mismatched keys \(.*image_newline"),
+    ],
+)
+def test_a_real_checkpoint_that_does_not_fit_is_refused(small_checkpoint, tmp_path, change, message):
+    folder = _copy_with_weights(small_checkpoint, tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_model(folder, "float32", "cpu")
+
+
+def test_weights_that_are_cut_off_are_refused(small_checkpoint, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(small_checkpoint, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="are broken or cut off"):
+        load_pretrained_model(folder, "float32", "cpu")
+
+
+def test_a_model_without_rows_for_the_special_tokens_is_refused(small_checkpoint, tmp_path):
+    folder = tmp_path / "smaller"
+    shutil.copytree(small_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["language_config"]["vocab_size"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="100"):
+        load_pretrained_model(folder, "float32", "cpu")
+
+
+def test_another_kind_of_model_is_refused(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="a model of type 'llama'; this library loads 'deepseek_vl_v2'"):
+        load_pretrained_model(checkpoint, device="cpu")
