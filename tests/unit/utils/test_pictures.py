@@ -99,6 +99,16 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         assert close(load_image(loaded).getpixel((6, 6)), RED)  # not turned a second time
 
 
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_in_other_formats(file_format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(two_halves((48, 32)).transpose(Image.Transpose.ROTATE_90), file_format, exif=exif)
+    for source in (data, Image.open(io.BytesIO(data))):
+        loaded = load_image(source)
+        assert loaded.size == (48, 32) and close(loaded.getpixel((4, 4)), RED, 30)
+
+
 def test_damaged_exif_is_reported_and_the_picture_loads(caplog):
     data = encoded(two_halves((32, 16)), exif=b"MMnot a header")
     assert load_image(data).size == (32, 16)
