@@ -55,7 +55,9 @@ def test_python_blocks_run(blocks, repository, tmp_path):
         [sys.executable, "README.py"], capture_output=True, text=True, cwd=tmp_path, timeout=300, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"<\|det\|>\[\[\d+, \d+, \d+, \d+\]\]<\|/det\|>", done.stdout), done.stdout
+    star = r"<\|ref\|>red star<\|/ref\|><\|det\|>\[\[\d+, \d+, \d+, \d+\]\]<\|/det\|>"
+    assert re.search(star, done.stdout), done.stdout
+    assert "\nred\n" in done.stdout  # its colour
 
 
 def test_pictures_and_links_exist(repository):
