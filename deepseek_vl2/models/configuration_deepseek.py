@@ -135,6 +135,13 @@ class DeepseekV2Config(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
+        if not self.use_mla and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"{self.head_dim} numbers a head are rotated by position, which takes an even number.")
         if self.use_mla and not self.kv_lora_rank:
             raise ValueError(
                 f"kv_lora_rank is {self.kv_lora_rank}, but multi-head latent attention needs one. "
@@ -151,3 +158,9 @@ class DeepseekV2Config(PreTrainedConfig):
                 raise ValueError(f"n_group is {self.n_group}, must divide n_routed_experts {num_experts}.")
             if not self.topk_group or not 1 <= self.topk_group <= self.n_group:
                 raise ValueError(f"topk_group is {self.topk_group}, must be 1 to n_group {self.n_group}.")
+            num_allowed = self.topk_group * num_experts // self.n_group
+            if self.num_experts_per_tok > num_allowed:
+                raise ValueError(
+                    f"num_experts_per_tok is {self.num_experts_per_tok}, but topk_group {self.topk_group} of n_group "
+                    f"{self.n_group} leave {num_allowed} experts to choose from."
+                )
