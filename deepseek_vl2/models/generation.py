@@ -40,7 +40,8 @@ class PrefilledGenerationMixin:
         prompt = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = prompt if prompt is not None else kwargs.get("input_ids")
         if prompt is not None:
-            check_prompt_length(prompt.shape[1], self.config.get_text_config())
+            config: PreTrainedConfig = self.config  # type: ignore[attr-defined]
+            check_prompt_length(prompt.shape[1], config.get_text_config())
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache) and prompt is not None:
             _check_cache(cache, prompt)

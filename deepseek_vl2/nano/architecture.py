@@ -1,6 +1,7 @@
 """nano's configuration, processor and untrained model."""
 
 import math
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,7 @@ NUMBER_WAVES_STD = 0.02
 
 def nano_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekVLV2Config:
     """nano's configuration: the kinds of layers of small (MLA, shared and routed experts) in a small size."""
-    return DeepseekVLV2Config(
+    return DeepseekVLV2Config(  # type: ignore[call-arg]  # the ids are options of every configuration
         vision_config=VisionEncoderConfig(
             model_name="nano",
             image_size=VIEW_SIDE,
@@ -89,7 +90,8 @@ def _start_positions(model: DeepseekVLV2ForCausalLM) -> None:
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # [side, width / 2]
     down = waves[:, None].expand(-1, side, -1)
     across = waves[None].expand(side, -1, -1)
-    model.vision.pos_embed.copy_(0.5 * torch.cat((down, across), dim=-1).flatten(0, 1)[None])
+    positions: Any = model.vision.pos_embed
+    positions.copy_(0.5 * torch.cat((down, across), dim=-1).flatten(0, 1)[None])
 
 
 @torch.no_grad()
@@ -97,5 +99,6 @@ def _start_numbers(model: DeepseekVLV2ForCausalLM, number_ids: list[int]) -> Non
     periods = torch.logspace(math.log10(4000), math.log10(20), WIDTH // 2)
     angles = 2 * torch.pi * torch.arange(len(number_ids))[:, None] / periods
     waves = torch.cat((angles.sin(), angles.cos()), dim=1) * NUMBER_WAVES_STD * math.sqrt(2)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.weight[number_ids] = waves
+    tables: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    for table in tables:
+        table.weight[number_ids] = waves

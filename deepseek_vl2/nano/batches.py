@@ -1,7 +1,7 @@
-"""Training batches for nano: one picture a row, several questions about it that do not see each other.
+"""Training batches for nano: views by themselves, then pictures with questions.
 
-A row is a shared beginning (the user's mark and the picture) and, one after the other, questions with their answers.
-Attention and positions are those of each question standing alone behind the beginning, so a picture is encoded once
+In a batch of questions a row is a shared beginning (the user's mark and the picture) and, one after the other, questions with their answers
+that do not see each other. Attention and positions are those of each question standing alone behind the beginning, so a picture is encoded once
 for all of its questions and the model still learns single questions.
 """
 
@@ -136,7 +136,7 @@ class TrainingBatches(Dataset[NanoBatch]):
         rng = split_rng(TRAIN_SPLIT, index)
         is_small = rng.random() < self.curriculum.small_share(index)
         grid = ONE_TILE if is_small else rng.choices(GRIDS[1:], (1, 1, 3))[0]
-        rows = []
+        rows: list[Any] = []
         while len(rows) < self.batch_size:
             scene = self._draw_scene(rng, grid, self.curriculum.num_objects(index))
             examples = list(ask(rng, scene, self.questions_a_picture))

@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                     self._move(parameter, group)
         return loss
 
-    def _move(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def _move(self, parameter: Any, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)

@@ -101,6 +101,10 @@ class AnswerLoss(nn.Module):
     one. Other tokens have their usual targets.
     """
 
+    bells: torch.Tensor
+    number_ids: torch.Tensor
+    number_of_id: torch.Tensor
+
     def __init__(self, number_ids: list[int], vocab_size: int, spread: float) -> None:
         super().__init__()
         numbers = torch.arange(len(number_ids), dtype=torch.float32)
@@ -138,7 +142,7 @@ class NanoTrainer:
         self.model.vision.attn_implementation = "eager"
         number_ids = number_token_ids(tokenizer)
         self.answer_loss = AnswerLoss(number_ids, len(tokenizer), settings.coordinate_spread)
-        self.is_number = self.answer_loss.number_of_id >= 0
+        self.is_number: torch.Tensor = self.answer_loss.number_of_id >= 0
         self.heads = DenseHeads(self.model.config.projector_config.n_embed)
         self.det_start, self.det_end = tokenizer.convert_tokens_to_ids(["<|det|>", "<|/det|>"])
         self.optimizers = self._build_optimizers()
@@ -150,7 +154,8 @@ class NanoTrainer:
         self.image_tokens = output
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = [], list(self.heads.parameters())
+        matrices: list[nn.Parameter] = []
+        others = list(self.heads.parameters())
         for name, parameter in self.model.named_parameters():
             is_matrix = parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 8
             is_table = "embed" in name or "lm_head" in name
@@ -235,7 +240,7 @@ class NanoTrainer:
         """Writes the model in bfloat16 and its processor, as `from_pretrained` loads them."""
         model = untrained_nano(self.processor.tokenizer, self.settings.seed)
         model.load_state_dict(self.model.state_dict())
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
         self.processor.save_pretrained(folder)
 
     def batches(self) -> Iterator[NanoBatch]:
