@@ -135,7 +135,7 @@ class DeepseekV2Config(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
-        if not self.use_mla and self.num_attention_heads % self.num_key_value_heads:
+        if not self.use_mla and self.num_attention_heads % self.num_key_value_heads:  # type: ignore[operator]
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
                 f"num_attention_heads {self.num_attention_heads}."

@@ -114,7 +114,7 @@ class DeepseekVLV2Config(PreTrainedConfig):
         candidate_resolutions: Sizes (width, height) in pixels that a picture may be tiled to.
 
     Raises:
-        ValueError: If `tile_tag` or `global_view_pos` is unknown or the widths of the parts do not fit each other.
+        ValueError: If `tile_tag` or `global_view_pos` is unknown.
     """
 
     model_type = "deepseek_vl_v2"
@@ -124,9 +124,10 @@ class DeepseekVLV2Config(PreTrainedConfig):
         "language_config": DeepseekV2Config,
     }
 
-    vision_config: VisionEncoderConfig | dict[str, Any] | None = None
-    projector_config: MlpProjectorConfig | dict[str, Any] | None = None
-    language_config: DeepseekV2Config | dict[str, Any] | None = None
+    # Given as configs, dicts or None; transformers turns them into configs of the classes above.
+    vision_config: Any = None
+    projector_config: Any = None
+    language_config: Any = None
     tile_tag: str = TILE_TAG
     global_view_pos: str = "head"
     candidate_resolutions: tuple[tuple[int, int], ...] | list[list[int]] = ((384, 384),)
@@ -139,6 +140,27 @@ class DeepseekVLV2Config(PreTrainedConfig):
             raise ValueError(
                 f"global_view_pos {self.global_view_pos!r} is unknown. Choose one of "
                 f"{', '.join(GLOBAL_VIEW_POSITIONS)}."
+            )
+
+    def check_widths(self) -> None:
+        """Checks that the parts fit each other; the model calls it, since a config of defaults alone need not fit.
+
+        Raises:
+            ValueError: If the projector takes another width than the vision tower gives, or gives another than the
+                language model takes.
+        """
+        vision, projector, language = self.vision_config, self.projector_config, self.language_config
+        if projector.input_dim != vision.width:
+            raise ValueError(
+                f"projector input_dim {projector.input_dim} is not the vision tower's width {vision.width}."
+            )
+        if projector.n_embed != language.hidden_size:
+            raise ValueError(
+                f"projector n_embed {projector.n_embed} is not the language model's hidden_size {language.hidden_size}."
+            )
+        if projector.projector_type == "identity" and projector.input_dim != projector.n_embed:
+            raise ValueError(
+                f"projector_type 'identity' keeps the width {projector.input_dim}, but n_embed is {projector.n_embed}."
             )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -26,8 +26,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .generation import PrefilledGenerationMixin, check_prompt_length
+
+# Those of transformers whose frequencies do not depend on the length of the prompt.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -51,7 +55,8 @@ def default_inverse_frequencies(config: DeepseekV2Config) -> tuple[torch.Tensor,
         The frequencies [head_dim / 2] in float32, and the factor 1.0 on cosine and sine.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+    rope_theta: float = config.rope_parameters["rope_theta"]  # type: ignore[index]  # transformers fills it in
+    return 1.0 / rope_theta**exponents, 1.0
 
 
 class DeepseekV2RotaryEmbedding(nn.Module):
@@ -63,14 +68,10 @@ class DeepseekV2RotaryEmbedding(nn.Module):
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
-        self.rope_type = config.rope_parameters["rope_type"]
-        if self.rope_type == "default":
-            rope_init = default_inverse_frequencies
-        elif self.rope_type in ROPE_INIT_FUNCTIONS:
-            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
-        else:
-            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
-            raise ValueError(f"rope_scaling type {self.rope_type!r} is unknown. Choose one of {known}.")
+        self.rope_type = config.rope_parameters["rope_type"]  # type: ignore[index]
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_scaling type {self.rope_type!r} is unknown. Choose one of {', '.join(ROPE_TYPES)}.")
+        rope_init = default_inverse_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         # Models are built on the meta device before loading, and these numbers come from no checkpoint.
         with torch.device("cpu"):
             inv_freq, self.attention_scaling = rope_init(config)
@@ -125,45 +126,16 @@ class DeepseekV2MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class _AddLossGradient(torch.autograd.Function):
-    """Returns `x` unchanged and lets a side loss take part in the backward pass, without changing the reported loss."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        ctx.loss_dtype = loss.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return grad_output, torch.ones((), dtype=ctx.loss_dtype, device=grad_output.device)
-
-
-def load_balancing_loss(scores: torch.Tensor, topk_indices: torch.Tensor, is_per_sequence: bool) -> torch.Tensor:
-    """Loss that is 1 when experts share the tokens evenly and more the less they do (arXiv:2405.04434, 2.2.3).
-
-    Args:
-        scores: Router probabilities [B, T, E].
-        topk_indices: Chosen experts [B, T, k].
-        is_per_sequence: Whether each of the B sequences is balanced by itself.
-    """
-    num_experts = scores.shape[-1]
-    if not is_per_sequence:
-        scores, topk_indices = scores.flatten(0, 1)[None], topk_indices.flatten(0, 1)[None]
-    choices = topk_indices.flatten(1)
-    counts = torch.zeros(scores.shape[0], num_experts, device=scores.device)
-    counts.scatter_add_(1, choices, torch.ones_like(choices, dtype=counts.dtype))
-    load = counts / (choices.shape[1] / num_experts)
-    return (load * scores.mean(dim=1)).sum(dim=1).mean()
-
-
 class DeepseekV2TopkRouter(nn.Module):
     """Chooses the experts of each token and their weights, in float32."""
+
+    e_score_correction_bias: torch.Tensor
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
         self.config = config
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = config.n_routed_experts
+        self.top_k: int = config.num_experts_per_tok  # type: ignore[assignment]
+        self.num_experts: int = config.n_routed_experts  # type: ignore[assignment]
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         if config.topk_method == "noaux_tc":
             # Moved by the balance of the load and not by a gradient, hence a buffer.
@@ -217,7 +189,7 @@ class DeepseekV2Experts(nn.Module):
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
-        self.num_experts = config.n_routed_experts
+        self.num_experts: int = config.n_routed_experts  # type: ignore[assignment]
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
@@ -258,7 +230,7 @@ class DeepseekV2MoE(nn.Module):
         output = self.experts(hidden_states.flatten(0, 1), topk_indices.flatten(0, 1), topk_weights.flatten(0, 1))
         output = output.view_as(hidden_states)
         if self.training and balancing_loss.requires_grad:
-            output = _AddLossGradient.apply(output, balancing_loss)
+            output = AddLossGradient.apply(output, balancing_loss)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         return output
@@ -305,10 +277,11 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = True
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        num_key_heads: int = config.num_key_value_heads  # type: ignore[assignment]
+        self.num_key_value_groups = config.num_attention_heads // num_key_heads
         self.scaling = self.head_dim**-0.5
         query_width = config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
+        key_width = num_key_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
@@ -347,7 +320,7 @@ class DeepseekV2MultiHeadAttention(nn.Module):
 
 
 def eager_grouped_attention_forward(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`eager_attention_forward` for keys and values that several query heads share."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -370,7 +343,7 @@ class DeepseekV2Attention(nn.Module):
         self.is_causal = True
         self.num_heads = config.num_attention_heads
         self.num_key_value_groups = 1
-        self.kv_lora_rank = config.kv_lora_rank
+        self.kv_lora_rank: int = config.kv_lora_rank  # type: ignore[assignment]
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_head_dim = config.qk_head_dim
@@ -411,6 +384,7 @@ class DeepseekV2Attention(nn.Module):
         if past_key_values is not None:
             key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
 
+        weights: torch.Tensor | None
         if self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
             output, weights = self._attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
         else:
@@ -441,8 +415,8 @@ class DeepseekV2Attention(nn.Module):
         expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, H, K, ...]
         key = torch.cat((key_nope, key_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        # The fast kernels ask for values as wide as keys.
-        value = F.pad(value, (0, self.qk_head_dim - self.v_head_dim))
+        # The fast kernels ask for values as wide as keys; a negative filling would cut wider ones.
+        value = F.pad(value, (0, max(self.qk_head_dim - self.v_head_dim, 0)))
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -481,7 +455,7 @@ class DeepseekV2Attention(nn.Module):
         return (mixed @ up_value.transpose(1, 2)).transpose(1, 2), weights
 
 
-def yarn_score_scaling(rope_parameters: dict[str, Any]) -> float:
+def yarn_score_scaling(rope_parameters: Any) -> float:
     """Factor on attention scores that goes with yarn scaling of positions (arXiv:2309.00071, 3.4)."""
     mscale = rope_parameters.get("mscale_all_dim", 0)
     factor = rope_parameters.get("factor", 1.0)
@@ -536,8 +510,8 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     config: DeepseekV2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DeepseekV2DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ("DeepseekV2DecoderLayer",)  # type: ignore[assignment]
+    _skip_keys_device_placement = ("past_key_values",)  # type: ignore[assignment]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -549,6 +523,18 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
         ],
         "router_logits": OutputRecorder(DeepseekV2TopkRouter, index=0),
     }
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Checks an attention kernel as transformers does, and names the way out if it cannot run here.
+
+        Raises:
+            ValueError: If the kernel is unknown.
+            ImportError: If it needs a package or device that is not there.
+        """
+        try:
+            return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        except ImportError as error:
+            raise ImportError(f"Attention {requested_attention!r} cannot run here, use 'sdpa': {error}") from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -646,7 +632,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class DeepseekV2ForCausalLM(PrefilledGenerationMixin, DeepseekV2PreTrainedModel, GenerationMixin):
+class DeepseekV2ForCausalLM(  # type: ignore[misc]
+    PrefilledGenerationMixin, DeepseekV2PreTrainedModel, GenerationMixin
+):
     """The language model: decoder and output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read as a class attribute

@@ -17,7 +17,7 @@ from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .projector import MlpProjector
-from .siglip_vit import VisionTransformer
+from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
 
 __all__ = [
@@ -57,23 +57,23 @@ class DeepseekVLV2PreTrainedModel(PreTrainedModel):
 
     config_class = DeepseekVLV2Config
     config: DeepseekVLV2Config
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DeepseekV2DecoderLayer", "Block")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ("DeepseekV2DecoderLayer", "Block")  # type: ignore[assignment]
+    _skip_keys_device_placement = ("past_key_values",)  # type: ignore[assignment]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
     # Told outright: transformers would look for the experts in this file and find none.
     _can_set_experts_implementation_cached_value = True
     # Never run, so a checkpoint without it is complete.
-    _keys_to_ignore_on_load_missing = (r"vision\.attn_pool\.",)
+    _keys_to_ignore_on_load_missing = (r"vision\.attn_pool\.",)  # type: ignore[assignment]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, VisionTransformer):
-            init.normal_(module.pos_embed, std=module.embed_dim**-0.5)
+            init.normal_(module.pos_embed, std=module.embed_dim**-0.5)  # type: ignore[arg-type]
             if module.attn_pool is not None:
                 init.normal_(module.attn_pool.latent, std=module.embed_dim**-0.5)
         elif isinstance(module, DeepseekVLV2ForCausalLM):
@@ -86,8 +86,10 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
     """DeepSeek-VL2: answers prompts of text and pictures."""
 
     def __init__(self, config: DeepseekVLV2Config) -> None:
-        super().__init__(config)
+        config.check_widths()
         vision = config.vision_config
+        check_vision_attention(vision._attn_implementation or "sdpa")
+        super().__init__(config)
         self.vision = VisionTransformer(
             img_size=vision.image_size,
             patch_size=vision.patch_size,
@@ -127,13 +129,25 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         self.language.set_output_embeddings(new_embeddings)
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """Chooses the attention kernel of all parts, or of each by `vision_config` and `language_config`."""
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        if isinstance(attn_implementation, dict):
-            vision_implementation = attn_implementation.get("vision_config", self.vision.attn_implementation)
-        else:
-            vision_implementation = attn_implementation
-        self.vision.attn_implementation = vision_implementation
+        """Chooses the attention kernel of all parts, or of each by `vision_config` and `language_config`.
+
+        Raises:
+            ValueError: If a kernel or a part is unknown.
+            ImportError: If a kernel needs a package or device that is not there.
+        """
+        parts = ("vision_config", "language_config")
+        if not isinstance(attn_implementation, dict):
+            attn_implementation = dict.fromkeys(parts, attn_implementation)
+        for part in attn_implementation:
+            if part not in parts:
+                raise ValueError(f"Part {part!r} has no attention to choose. Parts are {' and '.join(parts)}.")
+        vision = attn_implementation.get("vision_config", self.vision.attn_implementation)
+        check_vision_attention(vision)
+        if "language_config" in attn_implementation:
+            self.language.set_attn_implementation(attn_implementation["language_config"], *args, **kwargs)
+        self.vision.attn_implementation = vision
+        language = self.config.language_config._attn_implementation
+        self.config._attn_implementation = {"": language, "vision_config": vision}
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recomputes activations of both towers in the backward pass, to save memory."""
@@ -168,7 +182,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         if not any(num_views):
             return []
         views = torch.cat([row[:count] for row, count in zip(images, num_views, strict=True)])
-        patches = self.vision(views.to(self.vision.pos_embed.dtype))  # [V, P*P, C]
+        vision_dtype = self.vision.pos_embed.dtype  # type: ignore[union-attr]
+        patches = self.vision(views.to(vision_dtype))  # [V, P*P, C]
         tokens = self.projector(patches)  # [V, G*G, D]
         all_grids = [grid for row in grids for grid in row]
         tokens_of_pictures = tokens.split([1 + grid.columns * grid.rows for grid in all_grids])
@@ -239,7 +254,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
                 )
             return inputs_embeds
         image_tokens = torch.cat(features).to(inputs_embeds)
-        return inputs_embeds.masked_scatter(images_seq_mask[..., None].to(inputs_embeds.device), image_tokens)
+        is_image: Any = images_seq_mask
+        return inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_tokens)
 
     def _check_placeholders(self, images_seq_mask: torch.Tensor, images_spatial_crop: torch.Tensor) -> None:
         placeholders = images_seq_mask.sum(dim=1).tolist()
@@ -369,7 +385,9 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             router_logits=outputs.router_logits,
         )
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]
+        self, inputs: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Generates as transformers' `generate` does, with the processor's outputs as further keywords.
 
         Pictures are encoded once, not once for each beam or answer.

@@ -55,6 +55,31 @@ def xformers_vision_attention(
     return memory_efficient_attention(query, key, value, p=dropout, scale=scaling), None
 
 
+def flash_vision_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention by flash-attn's kernels; CUDA and half precision only."""
+    from flash_attn import flash_attn_func
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scaling), None
+
+
+# Beside "sdpa", which comes from transformers. Its flash attention asks for a configuration on every attention layer.
+_OWN_KERNELS: dict[str, Callable] = {
+    "eager": eager_vision_attention,
+    "flash_attention_2": flash_vision_attention,
+    "xformers": xformers_vision_attention,
+}
+
+
 def check_vision_attention(implementation: str) -> None:
     """Refuses an attention implementation that is unknown or cannot run here.
 
@@ -89,11 +114,7 @@ class VisionAttention(Attention):
         """Patches [V, P*P, C] -> [V, P*P, C]; every patch sees every other of its view."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # [V, heads, P*P, C / heads]
-        attend: Callable = eager_vision_attention
-        if self.implementation == "xformers":
-            attend = xformers_vision_attention
-        elif self.implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.implementation]
+        attend = _OWN_KERNELS.get(self.implementation) or ALL_ATTENTION_FUNCTIONS[self.implementation]
         dropout = self.attn_drop.p if self.training else 0.0
         output, _ = attend(self, query, key, value, None, scaling=self.scale, dropout=dropout, is_causal=False)
         return self.proj_drop(self.proj(output.flatten(2)))
@@ -137,7 +158,7 @@ class VisionTransformer(TimmVisionTransformer):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            global_pool=global_pool,
+            global_pool=global_pool,  # type: ignore[arg-type]
             act_layer="gelu_tanh",  # timm's own towers of this name use the exact GELU, the trained weights do not
             fc_norm=False,
             attn_layer=VisionAttention,
@@ -159,9 +180,11 @@ class VisionTransformer(TimmVisionTransformer):
         check_vision_attention(implementation)
         self._attn_implementation = implementation
         for block in self.blocks:
-            block.attn.implementation = implementation
+            block.attn.implementation = implementation  # type: ignore[union-attr]
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Views [V, 3, S, S] -> patches [V, P*P, C]."""
         features = self.forward_features(x)
         return features if self.ignore_head else self.forward_head(features)

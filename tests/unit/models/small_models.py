@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2Config
 
 SIDE = 70
 TOKENS_PER_SIDE = 3

@@ -99,7 +99,10 @@ def test_layers(model):
     attention = DeepseekV2MultiHeadAttention if size == "tiny" else DeepseekV2Attention
     assert all(type(layer.self_attn) is attention for layer in layers)
     shared = layers[1].mlp.shared_experts.gate_proj.weight.shape
-    assert tuple(shared) == (2 * model.config.language_config.moe_intermediate_size, model.config.projector_config.n_embed)
+    assert tuple(shared) == (
+        2 * model.config.language_config.moe_intermediate_size,
+        model.config.projector_config.n_embed,
+    )
     assert hasattr(layers[1].mlp.gate, "e_score_correction_bias") == (size == "base")
 
 
