@@ -1,0 +1,42 @@
+"""Trains nano from nothing to the shipped files: `python -m deepseek_vl2.nano --folder runs/nano`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from deepseek_vl2.nano.train import NanoTrainer, TrainingSettings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; a run that was stopped goes on where its last saved state is."""
+    parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano", description="Train nano.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/nano"), help="states and log; default: runs/nano")
+    parser.add_argument("--checkpoint", type=Path, help="where the model goes; default: FOLDER/checkpoint")
+    parser.add_argument("--num_batches", type=int, default=TrainingSettings.num_batches)
+    parser.add_argument("--batch_size", type=int, default=TrainingSettings.batch_size, help="pictures a batch")
+    parser.add_argument("--num_threads", type=int, default=TrainingSettings.num_threads)
+    parser.add_argument("--seed", type=int, default=TrainingSettings.seed)
+    options = parser.parse_args(arguments)
+    if min(options.num_batches, options.batch_size, options.num_threads) < 1:
+        parser.error("--num_batches, --batch_size and --num_threads must be at least 1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = TrainingSettings(
+        num_batches=options.num_batches,
+        batch_size=options.batch_size,
+        num_threads=options.num_threads,
+        seed=options.seed,
+    )
+    checkpoint = options.checkpoint or options.folder / "checkpoint"
+    try:
+        trainer = NanoTrainer(settings, options.folder)
+        trainer.run()
+        trainer.save_checkpoint(checkpoint)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"nano is saved in {checkpoint}. Measure it: python -m deepseek_vl2.nano.evaluate --model_path {checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
