@@ -88,7 +88,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
     def __init__(self, config: DeepseekVLV2Config) -> None:
         config.check_widths()
         vision = config.vision_config
-        check_vision_attention(vision._attn_implementation or "sdpa")
+        vision._attn_implementation = vision._attn_implementation or "sdpa"
+        check_vision_attention(vision._attn_implementation)
         super().__init__(config)
         self.vision = VisionTransformer(
             img_size=vision.image_size,
@@ -99,7 +100,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             mlp_ratio=vision.mlp_ratio,
             global_pool=vision.global_pool,
             num_recomputing_layers=vision.layers if vision.use_checkpoint else vision.num_recomputing_layers,
-            attn_implementation=vision._attn_implementation or "sdpa",
+            attn_implementation=vision._attn_implementation,
         )
         self.projector = MlpProjector(config.projector_config)
         self.image_newline = nn.Parameter(torch.empty(config.projector_config.n_embed))
