@@ -317,7 +317,7 @@ def test_installed_packages_without_cuda(folder, monkeypatch, implementation):
 
 def test_unknown_part(folder):
     model = DeepseekVLV2ForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="'vision' has no attention.*vision_config and language_config"):
+    with pytest.raises(ValueError, match=r"'vision' has no attention.*vision_config and language_config"):
         model.set_attn_implementation({"vision": "eager"})
 
 
