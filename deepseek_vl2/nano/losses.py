@@ -19,6 +19,11 @@ class NumberTargets(nn.Module):
         spread: Standard deviation of the bell.
     """
 
+    bells: torch.Tensor
+    entropies: torch.Tensor
+    number_ids: torch.Tensor
+    number_of_id: torch.Tensor
+
     def __init__(self, number_ids: list[int], vocab_size: int, spread: float) -> None:
         super().__init__()
         numbers = torch.arange(len(number_ids), dtype=torch.float32)
