@@ -150,15 +150,10 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         language = self.config.language_config._attn_implementation
         self.config._attn_implementation = {"": language, "vision_config": vision}
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recomputes activations of both towers in the backward pass, to save memory."""
-        super().gradient_checkpointing_enable(*args, **kwargs)
-        self.vision.set_grad_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        super().gradient_checkpointing_disable()
-        self.vision.set_grad_checkpointing(False)
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        """Includes the vision tower in what transformers switches for `activation_checkpointing_enable`."""
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+        self.vision.set_grad_checkpointing(enable)
 
     def get_image_features(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[torch.Tensor]:
         """Encodes pictures.
