@@ -13,20 +13,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano", description="Train nano.")
     parser.add_argument("--folder", type=Path, default=Path("runs/nano"), help="states and log; default: runs/nano")
     parser.add_argument("--checkpoint", type=Path, help="where the model goes; default: FOLDER/checkpoint")
-    parser.add_argument("--num_batches", type=int, default=TrainingSettings.num_batches)
-    parser.add_argument("--batch_size", type=int, default=TrainingSettings.batch_size, help="pictures a batch")
-    parser.add_argument("--num_threads", type=int, default=TrainingSettings.num_threads)
-    parser.add_argument("--seed", type=int, default=TrainingSettings.seed)
-    options = parser.parse_args(arguments)
-    if min(options.num_batches, options.batch_size, options.num_threads) < 1:
-        parser.error("--num_batches, --batch_size and --num_threads must be at least 1")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = TrainingSettings(
-        num_batches=options.num_batches,
-        batch_size=options.batch_size,
-        num_threads=options.num_threads,
-        seed=options.seed,
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="part of each stage's batches, for a trial; default: 1"
     )
+    parser.add_argument("--num_threads", type=int, default=TrainingSettings.num_threads)
+    parser.add_argument("--seed", type=int, default=TrainingSettings.seed, help="of the starting weights")
+    options = parser.parse_args(arguments)
+    if not 0 < options.share <= 1 or options.num_threads < 1:
+        parser.error("--share must be above 0 and at most 1, --num_threads at least 1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = TrainingSettings(num_threads=options.num_threads, seed=options.seed).scaled(options.share)
     checkpoint = options.checkpoint or options.folder / "checkpoint"
     try:
         trainer = NanoTrainer(settings, options.folder)

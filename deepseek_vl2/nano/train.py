@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from deepseek_vl2.nano.tokenizer import number_token_ids
 
 logger = logging.getLogger(__name__)
 
+STAGES = ("views", "answers", "together")
 LOG_EVERY = 20
 
 
@@ -87,6 +88,17 @@ class TrainingSettings:
     num_threads: int = 2
     save_every: int = 100
 
+    def scaled(self, share: float) -> "TrainingSettings":
+        """The same training with a part of each stage's batches, at least one."""
+        stages = {name: getattr(self, name) for name in STAGES}
+        return replace(
+            self,
+            **{
+                name: replace(stage, num_batches=max(1, round(stage.num_batches * share)))
+                for name, stage in stages.items()
+            },
+        )
+
 
 class NanoTrainer:
     """State of a training run: model, heads, stage, position.
@@ -95,8 +107,6 @@ class NanoTrainer:
         settings: All numbers.
         folder: Where states and the log are kept; a state found there is gone on from.
     """
-
-    STAGES = ("views", "answers", "together")
 
     def __init__(self, settings: TrainingSettings, folder: Path) -> None:
         self.settings = settings
@@ -118,7 +128,7 @@ class NanoTrainer:
     @property
     def stage(self) -> str:
         """Name of the present stage."""
-        return self.STAGES[self.stage_index]
+        return STAGES[self.stage_index]
 
     @property
     def stage_settings(self) -> StageSettings:
@@ -138,7 +148,8 @@ class NanoTrainer:
                 "together": True,
             }[self.stage]
             parameter.requires_grad_(is_learning)
-        matrices, others = [], list(self.heads.parameters())
+        matrices: list[nn.Parameter] = []
+        others = list(self.heads.parameters())
         for name, parameter in self.model.named_parameters():
             is_matrix = parameter.dim() in (2, 3) and min(parameter.shape[-2:]) > 8
             is_table = "embed" in name or "lm_head" in name
@@ -231,7 +242,7 @@ class NanoTrainer:
         """Writes the model in bfloat16 and its processor, as `from_pretrained` loads them."""
         model = untrained_nano(self.processor.tokenizer, self.settings.seed)
         model.load_state_dict(self.model.state_dict())
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
         self.processor.save_pretrained(folder)
 
     def _batches(self) -> Iterator[ViewBatch | AnswerBatch]:
@@ -264,7 +275,7 @@ class NanoTrainer:
         with (self.folder / "log.jsonl").open("a") as log:
             while True:
                 self._run_stage(log)
-                if self.stage_index + 1 == len(self.STAGES):
+                if self.stage_index + 1 == len(STAGES):
                     break
                 self.stage_index, self.next_batch = self.stage_index + 1, 0
                 self._enter_stage()
