@@ -99,8 +99,13 @@ class DeepseekV2Config(PreTrainedConfig):
         if self.rope_scaling is not None:
             # transformers reads everything about positions from `rope_parameters` and completes it in place.
             self.rope_parameters = dict(self.rope_scaling)
+        # transformers' class of the same name writes them into config.json; here they follow from other sizes.
+        derived = {name: kwargs.pop(name) for name in ("head_dim", "qk_head_dim") if name in kwargs}
         super().__post_init__(**kwargs)
         self._check_values()
+        for name, value in derived.items():
+            if value != getattr(self, name):
+                raise ValueError(f"{name} is {value}, but other sizes make it {getattr(self, name)}. Leave it out.")
 
     @property
     def qk_head_dim(self) -> int:

@@ -81,6 +81,7 @@ def test_layers_that_are_mixtures_of_experts():
         ({"topk_method": "noaux_tc", "n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, ["4", "3"]),
         ({"use_mla": False, "num_attention_heads": 16, "num_key_value_heads": 16}, ["3 numbers a head"]),
         ({"qk_rope_head_dim": 7}, ["7 numbers a head"]),
+        ({"head_dim": 64}, ["head_dim is 64", "8"]),
         ({"num_attention_heads": 6, "num_key_value_heads": 4, "use_mla": False}, ["num_key_value_heads 4", "6"]),
     ],
 )
