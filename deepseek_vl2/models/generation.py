@@ -35,7 +35,7 @@ class PrefilledGenerationMixin:
             With ids: prompt and new ids. With embeddings only: new ids.
 
         Raises:
-            ValueError: If the prompt is longer than the model's positions, or the cache does not hold less than it.
+            ValueError: If the prompt is longer than the model's positions, or the cache does not belong to it.
         """
         prompt = inputs if inputs is not None else kwargs.get("inputs_embeds")
         prompt = prompt if prompt is not None else kwargs.get("input_ids")
@@ -66,4 +66,9 @@ def _check_cache(cache: Cache, prompt: torch.Tensor) -> None:
         raise ValueError(
             f"The cache holds {num_cached} tokens, the prompt has {num_tokens}: it was used before or belongs to "
             "another prompt. Prefill a new one, or copy it with copy.deepcopy before each use."
+        )
+    if num_cached and cache.layers[0].keys.shape[0] != prompt.shape[0]:
+        raise ValueError(
+            f"The cache has {cache.layers[0].keys.shape[0]} row(s), the prompt has {prompt.shape[0]}. Prefill a cache "
+            "for the same batch."
         )
