@@ -67,8 +67,9 @@ def _check_cache(cache: Cache, prompt: torch.Tensor) -> None:
             f"The cache holds {num_cached} tokens, the prompt has {num_tokens}: it was used before or belongs to "
             "another prompt. Prefill a new one, or copy it with copy.deepcopy before each use."
         )
-    if num_cached and cache.layers[0].keys.shape[0] != prompt.shape[0]:
+    keys = getattr(cache.layers[0], "keys", None) if num_cached else None
+    if keys is not None and keys.shape[0] != prompt.shape[0]:
         raise ValueError(
-            f"The cache has {cache.layers[0].keys.shape[0]} row(s), the prompt has {prompt.shape[0]}. Prefill a cache "
-            "for the same batch."
+            f"The cache has {keys.shape[0]} row(s), the prompt has {prompt.shape[0]}. "
+            "Prefill a cache for the same batch."
         )

@@ -150,9 +150,9 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         language = self.config.language_config._attn_implementation
         self.config._attn_implementation = {"": language, "vision_config": vision}
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Includes the vision tower in what transformers switches for `activation_checkpointing_enable`."""
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
         self.vision.set_grad_checkpointing(enable)
 
     def get_image_features(self, images: torch.Tensor, images_spatial_crop: torch.Tensor) -> list[torch.Tensor]:
