@@ -49,6 +49,19 @@ def test_positions_count_real_tokens():
 
 
 @torch.no_grad()
+def test_a_padded_row_gets_the_positions_it_has_alone():
+    model = seeded(DeepseekV2ForCausalLM, language_config())
+    seen = []
+    model.model.rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    cache = DynamicCache(config=model.config)
+    model(ids(4), attention_mask=mask[:, :4], past_key_values=cache, use_cache=True)
+    model(ids(1), attention_mask=mask, past_key_values=cache, use_cache=True)
+    model(ids(1), past_key_values=cache, use_cache=True)
+    assert seen == [[[0, 0, 0, 1], [0, 1, 2, 3]], [[2], [4]], [[5]]]
+
+
+@torch.no_grad()
 def test_forms_of_the_prompt_agree(model):
     expected = model(ids()).logits
     embeds = model.get_input_embeddings()(ids())
