@@ -10,16 +10,53 @@ from deepseek_vl2.models.tiling import TileGrid, letterbox, tile_boxes
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB; what is transparent becomes white, 16-bit greys keep their high byte."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    return image.convert("RGB")
+    """Convert a picture of any mode to a new RGB picture, transparency on white, 16 bits and floats scaled.
+
+    Raises:
+        ValueError: the mode has no conversion, or its numbers are outside the known range.
+    """
+    if image.mode.startswith(("I", "F")):
+        return _scalar_to_rgb(image)
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    except ValueError as error:
+        raise ValueError(f"cannot convert a picture of mode {image.mode!r} to RGB: {error}") from error
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _scalar_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 16-bit (`I;16`, `I`) and float (`F`) greys; a grey marked as transparent becomes white."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        grey = scale_to_bytes(values)
+    else:
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(f"a picture of mode {image.mode!r} must lie in 0..65535, this one spans {low}..{high}")
+        grey = scale_to_bytes(values.astype(np.uint16))
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def scale_to_bytes(array: np.ndarray) -> np.ndarray:
+    """Scale an array to uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
+        return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0.0 and high <= 1.0):  # also refuses NaN
+            raise ValueError(f"an array of floats must lie in 0..1 to be a picture, this one spans {low:g}..{high:g}")
+        return (array.astype(np.float32) * 255.0 + 0.5).astype(np.uint8)
+    raise ValueError(f"cannot read an array of {array.dtype} as a picture: give uint8, uint16, bool, or floats 0..1")
 
 
 class ImageTransform:

@@ -1,15 +1,18 @@
 """Checks what callers hand to the processor, and brings it into one form."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers.image_utils import load_image
+
+from deepseek_vl2.models.picture_files import load_image
 
 # Arguments of transformers' calls that have no effect here: a batch is always padded, bos is always put once.
 _IGNORED_ARGUMENTS = {"return_tensors", "padding", "add_special_tokens", "videos", "audio", "truncation", "max_length"}
-_DOWNLOAD_SECONDS = 10.0
+# Base64 without a `data:` in front, as transformers takes it. No path of a picture is that long without a dot.
+_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")
 
 
 def checked_resolutions(candidates: Any) -> tuple[tuple[int, int], ...]:
@@ -90,7 +93,10 @@ def pictures_by_text(images: Any, counts: Sequence[int]) -> list[list[Image.Imag
 
 
 def _load_all(images: Iterable[Any]) -> list[Image.Image]:
-    """Read the pictures that transformers passes by address."""
-    return checked_pictures(
-        [load_image(str(item), timeout=_DOWNLOAD_SECONDS) if isinstance(item, (str, Path)) else item for item in images]
-    )
+    """Read the pictures that transformers passes by address; what is a picture already stays."""
+    return checked_pictures([_load(item) if isinstance(item, (str, Path)) else item for item in images])
+
+
+def _load(source: str | Path) -> Image.Image:
+    is_base64 = isinstance(source, str) and _BARE_BASE64.fullmatch(source)
+    return load_image(f"data:;base64,{source}" if is_base64 else source)

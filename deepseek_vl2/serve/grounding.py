@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
+from deepseek_vl2.models.image_transform import to_rgb
 from deepseek_vl2.models.special_tokens import DET_END, DET_START, GROUNDING_TOKENS, REF_END, REF_START
 from deepseek_vl2.serve.labels import LabelPlacer, contrast_to, palette_colour
-from deepseek_vl2.utils.pictures import to_rgb
 
 logger = logging.getLogger(__name__)
 

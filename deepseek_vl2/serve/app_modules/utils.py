@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from PIL import Image
 
+from deepseek_vl2.models.image_transform import to_rgb
 from deepseek_vl2.serve.grounding import draw_boxes, parse_grounding
-from deepseek_vl2.utils.pictures import to_rgb
 
 LOGGER_NAME = "gradio_logger"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

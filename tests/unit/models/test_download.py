@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from deepseek_vl2.utils.pictures import load_image
+from deepseek_vl2.models.picture_files import load_image
 
 PICTURE = Image.new("RGB", (6, 4), (255, 0, 0))
 _buffer = io.BytesIO()
