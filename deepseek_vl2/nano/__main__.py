@@ -9,7 +9,11 @@ from deepseek_vl2.nano.train import NanoTrainer, TrainingSettings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; a run that was stopped goes on where its last saved state is."""
+    """Runs the command; a run that was stopped goes on where its last saved state is.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can mend.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano", description="Train nano.")
     parser.add_argument("--folder", type=Path, default=Path("runs/nano"), help="states and log; default: runs/nano")
     parser.add_argument("--checkpoint", type=Path, help="where the model goes; default: FOLDER/checkpoint")
@@ -29,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         trainer.run()
         trainer.save_checkpoint(checkpoint)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     print(f"nano is saved in {checkpoint}. Measure it: python -m deepseek_vl2.nano.evaluate --model_path {checkpoint}")
     return 0
 

@@ -128,7 +128,11 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; prints a table, then one line of JSON."""
+    """Runs the command; prints a table, then one line of JSON.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can mend.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default="nano", help="'nano' or a checkpoint folder; default: nano")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")
@@ -144,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     records: list[dict[str, Any]] = []
     for task in options.tasks:
         records += evaluate_task(

@@ -41,8 +41,17 @@ class NumberTargets(nn.Module):
         return -(self.bells[numbers] * log_probabilities).sum(dim=1) - self.entropies[numbers]
 
 
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean; 0 where a batch holds none of a kind, where torch would say NaN and spoil all weights."""
+    return values.mean() if len(values) else values.sum()
+
+
 class AnswerLoss(nn.Module):
-    """Cross entropy of answers; coordinates of boxes have the targets of `NumberTargets`."""
+    """Cross entropy of answers; coordinates of boxes have the targets of `NumberTargets`.
+
+    Every question counts the same, however long its answer is: a count or a colour is one token among the dozens of a
+    description and would hardly be learned otherwise.
+    """
 
     def __init__(self, targets: NumberTargets, det_start: int, det_end: int) -> None:
         super().__init__()
@@ -56,7 +65,7 @@ class AnswerLoss(nn.Module):
         return cls(targets, det_start, det_end)
 
     def forward(self, hidden: torch.Tensor, output_layer: nn.Linear, batch: AnswerBatch) -> dict[str, torch.Tensor]:
-        """Losses from hidden states [B, T, D]: the mean over all tokens of answers, and of coordinates alone."""
+        """Losses from hidden states [B, T, D]: that of answers, and for the log those of words and of coordinates."""
         is_answer = batch.labels[:, 1:] != IGNORE_ID
         labels = batch.labels[:, 1:][is_answer]
         log_probabilities = output_layer(hidden[:, :-1][is_answer]).float().log_softmax(dim=-1)
@@ -68,8 +77,19 @@ class AnswerLoss(nn.Module):
             log_probabilities[is_coordinate][:, self.targets.number_ids], numbers[is_coordinate]
         )
         losses = losses.masked_scatter(is_coordinate, near)
-        words = losses[~is_coordinate].detach().mean()
-        return {"answer": losses.mean(), "words": words, "coordinates": near.detach().mean()}
+        words = _mean(losses[~is_coordinate].detach())
+        return {"answer": losses.mean(), "words": words, "coordinates": _mean(near.detach())}
+
+
+def _question_weights(batch: AnswerBatch) -> torch.Tensor:
+    """Weights [B, T] of the tokens of answers: the same sum for every question, 1 in all; 0 elsewhere."""
+    is_answer = batch.labels != IGNORE_ID
+    rows = torch.arange(len(batch.segments))[:, None]
+    questions = rows * (int(batch.segments.max()) + 1) + batch.segments.clamp(min=0)
+    counts = torch.bincount(questions[is_answer])
+    weights = torch.zeros(batch.labels.shape)
+    weights[is_answer] = 1 / (counts[questions[is_answer]] * (counts > 0).sum())
+    return weights
 
 
 class DenseHeads(nn.Module):
@@ -87,7 +107,7 @@ class DenseHeads(nn.Module):
         self.box = nn.Linear(width, 4 * width)
 
     def forward(self, tokens: torch.Tensor, cells: Cells, output_layer: nn.Linear) -> dict[str, torch.Tensor]:
-        """Losses of image tokens [V, G*G, D]."""
+        """Losses of image tokens [V, G*G, D]; 0 for colours and boxes where no token sees an object."""
         tokens = tokens.flatten(0, 1)
         shape_ids, color_ids = cells.shape_ids.flatten(), cells.color_ids.flatten()
         is_object, has_color = shape_ids >= 0, color_ids >= 0
@@ -96,8 +116,12 @@ class DenseHeads(nn.Module):
         rows = F.normalize(output_layer.weight[self.targets.number_ids].float(), dim=-1)
         read = self.box(tokens[is_object]).unflatten(-1, (4, -1)).flatten(0, 1)
         log_probabilities = (read.float() @ rows.T).log_softmax(dim=-1)
+        # As in `_mean`: the sum over none is 0.
+        reduction = "mean" if has_color.any() else "sum"
         return {
             "dense_shape": F.cross_entropy(self.shape(tokens).float(), shape_targets),
-            "dense_color": F.cross_entropy(self.color(tokens[has_color]).float(), color_ids[has_color]),
-            "dense_box": self.targets.divergence(log_probabilities, numbers).mean(),
+            "dense_color": F.cross_entropy(
+                self.color(tokens[has_color]).float(), color_ids[has_color], reduction=reduction
+            ),
+            "dense_box": _mean(self.targets.divergence(log_probabilities, numbers)),
         }

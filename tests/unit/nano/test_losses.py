@@ -1,0 +1,234 @@
+"""nano's losses, against torch's own and by what must make them smallest."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepseek_vl2.models.special_tokens import DET_END, DET_START
+from deepseek_vl2.nano.architecture import nano_processor
+from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, Cells
+from deepseek_vl2.nano.losses import AnswerLoss, DenseHeads, NumberTargets
+from deepseek_vl2.nano.questions import CELL_CLASSES
+from deepseek_vl2.nano.scenes import COLOR_NAMES
+from deepseek_vl2.nano.tokenizer import number_token_ids
+
+SPREAD = 6.0
+WIDTH = 40
+VOCAB_SIZE = 1100
+# Ids in another order than the numbers, and not from 0: a mix-up of ids and numbers would show.
+NUMBER_IDS = [1050 - number for number in range(1000)]
+DET, END, WORD, OTHER_WORD, EOS = 1, 2, 3, 4, 5
+
+
+@pytest.fixture(scope="module")
+def targets():
+    return NumberTargets(NUMBER_IDS, VOCAB_SIZE, SPREAD)
+
+
+def random_layer(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(WIDTH, VOCAB_SIZE, bias=False)
+
+
+def batch_of(input_ids, labels):
+    """A batch of which the loss reads ids and labels only."""
+    ids = torch.tensor(input_ids)
+    nothing = torch.empty(0)
+    return AnswerBatch(ids, torch.tensor(labels), ids, ids, ids, nothing, nothing, Cells(nothing, nothing, nothing))
+
+
+def number(value):
+    return NUMBER_IDS[value]
+
+
+def bell(value, spread=SPREAD):
+    return torch.softmax(-((torch.arange(1000.0) - value) ** 2) / (2 * spread**2), dim=0)
+
+
+@pytest.mark.parametrize("value", [0, 3, 500, 999])
+def test_divergence_is_nothing_at_the_bell_and_grows_with_distance(targets, value):
+    def divergence(center):
+        log_bell = torch.log_softmax(-((torch.arange(1000.0) - center) ** 2) / (2 * SPREAD**2), dim=0)
+        return targets.divergence(log_bell[None], torch.tensor([value])).item()
+
+    assert divergence(value) == pytest.approx(0, abs=1e-5)
+    step = 1 if value < 500 else -1
+    distances = [divergence(value + step * distance) for distance in (0, 1, 3, 10, 30, 100)]
+    assert distances == sorted(distances)
+    assert distances[1] > 1e-3
+    if 100 <= value <= 900:  # away from the ends, two bells are half the squared distance apart
+        assert distances[3] == pytest.approx(10**2 / (2 * SPREAD**2), rel=1e-3)
+
+
+def test_divergence_is_torchs_kl_divergence(targets):
+    torch.manual_seed(1)
+    log_probabilities = torch.randn(3, 1000).log_softmax(dim=-1)
+    values = torch.tensor([0, 421, 998])
+    wanted = torch.stack([bell(value) for value in values.tolist()])
+    expected = F.kl_div(log_probabilities, wanted, reduction="none").sum(dim=1)
+    torch.testing.assert_close(targets.divergence(log_probabilities, values), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_words_get_plain_cross_entropy_even_if_they_are_numbers(targets):
+    loss = AnswerLoss(targets, DET, END)
+    # The question's numbers are no labels; "3" as an answer is a word like others.
+    ids = [[WORD, number(7), number(3), EOS], [OTHER_WORD, WORD, OTHER_WORD, EOS]]
+    labels = [[IGNORE_ID, IGNORE_ID, number(3), EOS], [IGNORE_ID, WORD, OTHER_WORD, EOS]]
+    batch, layer = batch_of(ids, labels), random_layer()
+    hidden = torch.randn(2, 4, WIDTH)
+    found = loss(hidden, layer, batch)
+    logits = layer(hidden)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_ID)
+    torch.testing.assert_close(found["answer"], expected)
+    torch.testing.assert_close(found["words"], expected)
+    assert found["coordinates"] == 0  # there are none; NaN would end up in the log
+
+
+def test_coordinates_are_the_numbers_between_det_marks(targets):
+    loss = AnswerLoss(targets, DET, END)
+    # A word, a box of two numbers, a number after it, and a second box: as in packed rows.
+    ids = [[WORD, DET, number(10), number(990), END, number(4), DET, number(5), END, EOS]]
+    labels = [[IGNORE_ID, *ids[0][1:]]]
+    batch, layer = batch_of(ids, labels), random_layer()
+    hidden = torch.randn(1, 10, WIDTH)
+    log_probabilities = layer(hidden)[0, :-1].log_softmax(dim=-1)
+    words = [-log_probabilities[place - 1, ids[0][place]] for place in (1, 4, 5, 6, 8, 9)]
+    coordinates = []
+    for place, value in ((2, 10), (3, 990), (7, 5)):
+        over_numbers = log_probabilities[place - 1, NUMBER_IDS]  # what leaks to other tokens costs, too
+        wanted = bell(value)
+        coordinates.append((wanted * (wanted.clamp(min=1e-30).log() - over_numbers)).sum())
+    found = loss(hidden, layer, batch)
+    torch.testing.assert_close(found["words"], torch.stack(words).mean())
+    torch.testing.assert_close(found["coordinates"], torch.stack(coordinates).mean(), atol=1e-4, rtol=1e-4)
+    expected = torch.stack([*words, *coordinates]).mean()
+    torch.testing.assert_close(found["answer"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_near_miss_costs_less_than_a_far_one(targets):
+    """With all weight on one number, the nearer it is the smaller the loss."""
+    loss = AnswerLoss(targets, DET, END)
+    layer = nn.Linear(VOCAB_SIZE, VOCAB_SIZE, bias=False)
+    layer.weight.data = torch.eye(VOCAB_SIZE)
+    batch = batch_of([[WORD, DET, number(500), END]], [[IGNORE_ID, IGNORE_ID, number(500), IGNORE_ID]])
+    costs = []
+    for guess in (500, 503, 510, 540):
+        hidden = torch.zeros(1, 4, VOCAB_SIZE)
+        hidden[0, 1, number(guess)] = 10.0
+        costs.append(loss(hidden, layer, batch)["coordinates"].item())
+    assert costs == sorted(costs) and costs[0] < costs[1]
+
+
+def test_gradients_of_answers_are_finite_and_only_where_answers_are(targets):
+    loss = AnswerLoss(targets, DET, END)
+    ids = [[WORD, WORD, DET, number(10), END, EOS]]
+    batch, layer = batch_of(ids, [[IGNORE_ID, IGNORE_ID, *ids[0][2:]]]), random_layer()
+    hidden = torch.randn(1, 6, WIDTH, requires_grad=True)
+    loss(hidden, layer, batch)["answer"].backward()
+    assert hidden.grad.isfinite().all() and layer.weight.grad.isfinite().all()
+    assert (hidden.grad.abs().sum(dim=-1) > 0).tolist() == [[False, True, True, True, True, False]]
+
+
+def test_marks_are_looked_up_in_the_tokenizer():
+    tokenizer = nano_processor().tokenizer
+    targets = NumberTargets(number_token_ids(tokenizer), len(tokenizer), SPREAD)
+    loss = AnswerLoss.for_tokenizer(targets, tokenizer)
+    assert tokenizer.convert_ids_to_tokens([loss.det_start, loss.det_end]) == [DET_START, DET_END]
+    ids = tokenizer.encode("0 999", add_special_tokens=False)
+    assert [targets.number_of_id[ids[0]].item(), targets.number_of_id[ids[-1]].item()] == [0, 999]
+    assert (targets.number_of_id >= 0).sum() == 1000
+
+
+def cells_with_objects():
+    shape_ids = torch.tensor([[[2, -1], [6, -1]], [[-1, -1], [-1, 0]]])  # 6: a word, which has no colour
+    color_ids = torch.tensor([[[1, -1], [-1, -1]], [[-1, -1], [-1, 7]]])
+    boxes = torch.zeros(2, 2, 2, 4)
+    boxes[0, 0, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    boxes[0, 1, 0] = torch.tensor([0.0, 0.5, 1.0, 0.9])
+    boxes[1, 1, 1] = torch.tensor([-0.5, 0.25, 1.5, 0.75])  # reaches beyond its tile
+    return Cells(shape_ids, color_ids, boxes)
+
+
+def perfect_heads(cells, targets):
+    """Heads and tokens that say of each cell just what it sees: tokens are one-hot by cell."""
+    width = cells.shape_ids.numel()
+    heads = DenseHeads(width, targets)
+    shape_ids, color_ids = cells.shape_ids.flatten(), cells.color_ids.flatten()
+    sharp = 30.0
+    with torch.no_grad():
+        for head in (heads.shape, heads.color):
+            head.weight.zero_(), head.bias.zero_()
+        heads.shape.weight[shape_ids.where(shape_ids >= 0, len(CELL_CLASSES)), torch.arange(width)] = sharp
+        seen = color_ids >= 0
+        heads.color.weight[color_ids[seen], torch.arange(width)[seen]] = sharp
+    return heads, torch.eye(width).view(2, 4, width)
+
+
+def test_perfect_heads_lose_nothing(targets):
+    cells = cells_with_objects()
+    heads, tokens = perfect_heads(cells, targets)
+    layer = nn.Linear(tokens.shape[-1], VOCAB_SIZE, bias=False)
+    losses = heads(tokens, cells, layer)
+    assert losses["dense_shape"].item() == pytest.approx(0, abs=1e-5)
+    assert losses["dense_color"].item() == pytest.approx(0, abs=1e-5)
+    wrong = Cells(cells.shape_ids.flip(0), cells.color_ids.flip(0), cells.boxes)
+    assert heads(tokens, wrong, layer)["dense_shape"] > 5
+    assert heads(tokens, wrong, layer)["dense_color"] > 2
+
+
+def test_boxes_are_read_through_the_rows_of_numbers(targets):
+    """The box head can reach its target: it must find each number's own row, x1, y1, x2, y2 in order, cut at 0 and 1."""
+    cells = cells_with_objects()
+    width = 8
+    heads = DenseHeads(width, targets)
+    layer = nn.Linear(width, VOCAB_SIZE, bias=False)
+    numbers = torch.arange(1000.0)
+    # Normalised rows on a circle; a long vector in the same direction gives a bell around its number.
+    angles = torch.pi / 2 * numbers / 999
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[NUMBER_IDS, :2] = torch.stack((angles.cos(), angles.sin()), dim=1) * 3
+        heads.box.weight.zero_()
+        is_object = cells.shape_ids.flatten() >= 0
+        told = (cells.boxes.flatten(0, 2)[is_object].clamp(0, 1) * 999).round()
+        length = (999 * 2 / torch.pi / SPREAD) ** 2
+        directions = torch.zeros(3, 4, width)
+        directions[..., 0] = (torch.pi / 2 * told / 999).cos() * length
+        directions[..., 1] = (torch.pi / 2 * told / 999).sin() * length
+        heads.box.bias.zero_()
+        tokens = torch.zeros(8, width)
+        tokens[is_object] = torch.eye(width)[:3]
+        heads.box.weight[:, :3] = directions.flatten(1).T
+    right = heads(tokens.view(2, 4, width), cells, layer)["dense_box"]
+    assert right.item() == pytest.approx(0, abs=0.02)
+    swapped = Cells(cells.shape_ids, cells.color_ids, cells.boxes[..., [1, 0, 3, 2]])
+    assert heads(tokens.view(2, 4, width), swapped, layer)["dense_box"] > 10
+
+
+@pytest.mark.parametrize("has_objects", [True, False])
+def test_gradients_of_dense_heads_are_finite(targets, has_objects):
+    """A batch without any object must not spoil the weights."""
+    cells = cells_with_objects()
+    if not has_objects:
+        cells = Cells(torch.full_like(cells.shape_ids, -1), torch.full_like(cells.color_ids, -1), cells.boxes)
+    torch.manual_seed(2)
+    heads, layer = DenseHeads(WIDTH, targets), random_layer()
+    tokens = torch.randn(2, 4, WIDTH, requires_grad=True)
+    losses = heads(tokens, cells, layer)
+    assert set(losses) == {"dense_shape", "dense_color", "dense_box"}
+    sum(losses.values()).backward()
+    for name, parameter in (*heads.named_parameters(), ("layer", layer.weight), ("tokens", tokens)):
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert (losses["dense_box"] > 0) == (losses["dense_color"] > 0) == has_objects
+    assert tokens.grad.abs().sum() > 0
+
+
+def test_words_in_pictures_have_no_colour_to_learn(targets):
+    cells = cells_with_objects()
+    heads = DenseHeads(WIDTH, targets)
+    assert heads.color.out_features == len(COLOR_NAMES)
+    tokens = torch.randn(2, 4, WIDTH, requires_grad=True)
+    heads(tokens, cells, random_layer())["dense_color"].backward()
+    has_color = (tokens.grad.abs().sum(dim=-1) > 0).flatten()
+    assert has_color.tolist() == (cells.color_ids.flatten() >= 0).tolist()
