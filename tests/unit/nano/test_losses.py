@@ -178,7 +178,7 @@ def test_perfect_heads_lose_nothing(targets):
 
 
 def test_boxes_are_read_through_the_rows_of_numbers(targets):
-    """The box head can reach its target: it must find each number's own row, x1, y1, x2, y2 in order, cut at 0 and 1."""
+    """A head that points at each number's own row reaches 0: x1, y1, x2, y2 in order, cut at 0 and 1."""
     cells = cells_with_objects()
     width = 8
     heads = DenseHeads(width, targets)
