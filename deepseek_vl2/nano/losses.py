@@ -77,8 +77,9 @@ class AnswerLoss(nn.Module):
             log_probabilities[is_coordinate][:, self.targets.number_ids], numbers[is_coordinate]
         )
         losses = losses.masked_scatter(is_coordinate, near)
+        weights = _question_weights(batch)[:, 1:][is_answer]
         words = _mean(losses[~is_coordinate].detach())
-        return {"answer": losses.mean(), "words": words, "coordinates": _mean(near.detach())}
+        return {"answer": (losses * weights).sum(), "words": words, "coordinates": _mean(near.detach())}
 
 
 def _question_weights(batch: AnswerBatch) -> torch.Tensor:

@@ -76,9 +76,9 @@ class TrainingSettings:
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
     answers: StageSettings = field(
-        default_factory=lambda: StageSettings(1500, 32, 3e-3, 2e-3, decay_share=0.3, last_factor=0.3)
+        default_factory=lambda: StageSettings(1200, 32, 3e-3, 2e-3, decay_share=0.3, last_factor=0.3)
     )
-    together: StageSettings = field(default_factory=lambda: StageSettings(550, 32, 1e-3, 6e-4, decay_share=0.9))
+    together: StageSettings = field(default_factory=lambda: StageSettings(600, 32, 1e-3, 6e-4, decay_share=0.9))
     questions_a_picture: int = 6
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
