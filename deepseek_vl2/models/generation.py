@@ -21,6 +21,16 @@ def check_prompt_length(num_tokens: int, config: PreTrainedConfig) -> None:
         )
 
 
+def check_chunk_size(chunk_size: int) -> None:
+    """Refuses sizes of chunks that there are not.
+
+    Raises:
+        ValueError: If `chunk_size` is 0 or below -1.
+    """
+    if chunk_size < -1 or chunk_size == 0:
+        raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
+
+
 class PrefilledGenerationMixin:
     """`generate` for prompts whose beginning is in a cache already, see `incremental_prefilling`."""
 

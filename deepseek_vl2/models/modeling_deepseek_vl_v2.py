@@ -14,7 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
-from .generation import PrefilledGenerationMixin, check_prompt_length
+from .generation import PrefilledGenerationMixin, check_chunk_size, check_prompt_length
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer, check_vision_attention
@@ -294,8 +294,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         Raises:
             ValueError: If `chunk_size` is 0 or below -1, or the prompt does not fit, see `prepare_inputs_embeds`.
         """
-        if chunk_size < -1 or chunk_size == 0:
-            raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
+        check_chunk_size(chunk_size)
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give input_ids (with the pictures' tensors) or inputs_embeds.")

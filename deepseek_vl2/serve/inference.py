@@ -1,16 +1,16 @@
 """Streaming answers: the one way in which the script, the page and the batch runner let the model speak."""
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.conversation import Conversation
+from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.io import load_pil_images, load_pretrained_model
 
 # The page and the script warn above this; the published models get vague there.
@@ -34,19 +34,17 @@ def load_model(
     return loaded.tokenizer, loaded.model, loaded.processor
 
 
-def convert_conversation_to_prompts(
-    conversation: Conversation,
-) -> tuple[list[dict[str, Any]], Image.Image | None]:
+def convert_conversation_to_prompts(conversation: Conversation) -> tuple[list[dict[str, Any]], Any]:
     """Turns the turns of a page's conversation into messages for the processor.
 
     Args:
         conversation: Its messages are pairs (role, text) or (role, (text, pictures)), question and answer in turn.
 
     Returns:
-        The messages, and the last picture of the conversation.
+        The messages, and the last picture of the conversation as it stands there, or None.
 
     Raises:
-        ValueError: If a question has no place for an answer after it.
+        ValueError: If a question has no place for an answer after it, or is neither text nor (text, pictures).
     """
     messages = conversation.messages
     if len(messages) % 2:
@@ -54,11 +52,19 @@ def convert_conversation_to_prompts(
     prompts: list[dict[str, Any]] = []
     last_image = None
     for (user, question), (assistant, answer) in zip(messages[::2], messages[1::2], strict=True):
-        text, images = question if isinstance(question, tuple) else (question, [])
+        text, images = _text_and_pictures(question)
         last_image = images[-1] if images else last_image
         prompts.append({"role": user, "content": text, "images": images})
         prompts.append({"role": assistant, "content": answer or ""})
     return prompts, last_image
+
+
+def _text_and_pictures(question: Any) -> tuple[str, list[Any]]:
+    if isinstance(question, str):
+        return question, []
+    if isinstance(question, (tuple, list)) and len(question) == 2 and isinstance(question[1], (tuple, list)):
+        return question[0], list(question[1])
+    raise ValueError(f"A question is text or a pair (text, list of pictures), not {question!r:.80}.")
 
 
 def deepseek_generate(
@@ -72,7 +78,7 @@ def deepseek_generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.1,
     chunk_size: int = -1,
-) -> Iterator[str]:
+) -> AnswerStream:
     """Answers a conversation, piece by piece.
 
     Args:
@@ -87,30 +93,23 @@ def deepseek_generate(
         repetition_penalty: Above 1 for fewer repetitions.
         chunk_size: Tokens to prefill at once, -1 for all.
 
-    Yields:
+    Returns:
         Text as it comes, special tokens of grounding kept, the end-of-sentence token not.
 
     Raises:
-        ValueError: If the conversation or a number does not make sense; whatever the model raises.
+        ValueError: If the conversation or a number does not make sense, or the prompt is too long.
     """
-    inputs = vl_chat_processor(  # type: ignore[union-attr]  # a batch, since force_batchify is set
+    options = sampling_options(max_length, temperature, top_p, repetition_penalty)
+    check_chunk_size(chunk_size)
+    inputs: Any = vl_chat_processor(
         conversations=conversations,
         images=load_pil_images(conversations),
         inference_mode=True,
         force_batchify=True,
         system_prompt="",
-    ).to(vl_gpt.device, dtype=vl_gpt.dtype)
-    return generate(
-        vl_gpt,
-        tokenizer,
-        inputs,
-        max_gen_len=max_length,
-        temperature=temperature,
-        repetition_penalty=repetition_penalty,
-        top_p=top_p,
-        stop_words=stop_words,
-        chunk_size=chunk_size,
     )
+    inputs.to(vl_gpt.device, dtype=vl_gpt.dtype)
+    return AnswerStream(vl_gpt, tokenizer, inputs, options, stop_words, chunk_size)
 
 
 def generate(
@@ -123,18 +122,14 @@ def generate(
     top_p: float = 0.95,
     stop_words: Sequence[str] = (),
     chunk_size: int = -1,
-) -> Iterator[str]:
+) -> AnswerStream:
     """Answers a prepared prompt, piece by piece; see `deepseek_generate`.
-
-    The model runs in a thread of its own. Closing the iterator stops it at the next token, and what it raises is raised
-    here.
 
     Args:
         prepare_inputs: The processor's outputs for one prompt, on the model's device.
     """
     options = sampling_options(max_gen_len, temperature, top_p, repetition_penalty)
-    _check_chunk_size(chunk_size)
-    return _stream(vl_gpt, tokenizer, prepare_inputs, options, tuple(stop_words), chunk_size)
+    return AnswerStream(vl_gpt, tokenizer, prepare_inputs, options, stop_words, chunk_size)
 
 
 def sampling_options(
@@ -145,120 +140,15 @@ def sampling_options(
     Raises:
         ValueError: If a number is out of its range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens} new tokens: at least 1 is needed.")
-    if temperature < 0:
-        raise ValueError(f"Temperature {temperature} must be 0 (greedy) or above, at best up to 0.7.")
+    if max_new_tokens < 1 or max_new_tokens != int(max_new_tokens):
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be a whole number of at least 1.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be 0 (greedy) or above, at best up to 0.7.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1.")
-    if repetition_penalty <= 0:
+    if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty {repetition_penalty} must be above 0; 1 is none.")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    options: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "repetition_penalty": float(repetition_penalty)}
     if temperature == 0:
         return options | {"do_sample": False}
-    return options | {"do_sample": True, "temperature": temperature, "top_p": top_p}
-
-
-def _check_chunk_size(chunk_size: int) -> None:
-    if chunk_size < -1 or chunk_size == 0:
-        raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
-
-
-class _StopRequest(StoppingCriteria):
-    """Ends generation after the present token once it is asked to."""
-
-    def __init__(self) -> None:
-        self.is_requested = threading.Event()
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.is_requested.is_set(), device=input_ids.device)
-
-
-def _stream(
-    model: DeepseekVLV2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Any,
-    options: dict[str, Any],
-    stop_words: tuple[str, ...],
-    chunk_size: int,
-) -> Iterator[str]:
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=False)
-    stop = _StopRequest()
-
-    def run() -> None:
-        try:
-            with torch.inference_mode():
-                _answer(model, tokenizer, inputs, chunk_size, options, streamer=streamer, stopping=stop)
-        finally:
-            streamer.end()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="deepseek_vl2-generate") as executor:
-        answering = executor.submit(run)
-        try:
-            yield from until_stop_word(streamer, (tokenizer.eos_token, *stop_words))
-        finally:
-            stop.is_requested.set()
-        answering.result()
-
-
-def _answer(
-    model: DeepseekVLV2ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Any,
-    chunk_size: int,
-    options: dict[str, Any],
-    streamer: TextIteratorStreamer,
-    stopping: StoppingCriteria,
-) -> None:
-    prompt = {
-        name: inputs[name]
-        for name in ("input_ids", "images", "images_seq_mask", "images_spatial_crop", "attention_mask")
-    }
-    cache = None
-    if chunk_size == -1:
-        inputs_embeds = model.prepare_inputs_embeds(**prompt)
-    else:
-        inputs_embeds, cache = model.incremental_prefilling(**prompt, chunk_size=chunk_size)
-    model.generate(
-        inputs_embeds=inputs_embeds,
-        past_key_values=cache,
-        input_ids=prompt["input_ids"],
-        attention_mask=prompt["attention_mask"],
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-        streamer=streamer,
-        stopping_criteria=StoppingCriteriaList([stopping]),
-        **options,
-    )
-
-
-def until_stop_word(pieces: Iterable[str], stop_words: Sequence[str]) -> Iterator[str]:
-    """Passes text on up to the first stop word, which is left out even if it comes in several pieces.
-
-    Text that may be the beginning of a stop word waits for the next piece.
-    """
-    pending = ""
-    for piece in pieces:
-        pending += piece
-        found = [position for word in stop_words if word and (position := pending.find(word)) >= 0]
-        if found:
-            if min(found):
-                yield pending[: min(found)]
-            return
-        num_safe = len(pending) - _length_of_possible_start(pending, stop_words)
-        if num_safe:
-            yield pending[:num_safe]
-            pending = pending[num_safe:]
-    if pending:
-        yield pending
-
-
-def _length_of_possible_start(text: str, stop_words: Sequence[str]) -> int:
-    """Length of the longest end of a text that a stop word begins with."""
-    longest = max((len(word) - 1 for word in stop_words), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(word.startswith(text[-length:]) for word in stop_words):
-            return length
-    return 0
+    return options | {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
