@@ -3,6 +3,9 @@
 python inference.py                                        the bundled example, with the bundled model
 python inference.py --image a.jpg --prompt "<|ref|>the red circle<|/ref|>."
 python inference.py --model_path deepseek-ai/deepseek-vl2-tiny --image a.jpg b.jpg --prompt "What differs?"
+
+The answer goes to standard output, everything else to standard error. Exit codes: 0; 2 after an error that the user can
+mend; 130 when interrupted.
 """
 
 import argparse
@@ -11,24 +14,36 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import transformers
 from PIL import Image
 
+from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.special_tokens import ASSISTANT, GROUNDING, IMAGE, REF_END, REF_START, USER
 from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding
-from deepseek_vl2.serve.inference import deepseek_generate, load_model
-from deepseek_vl2.utils.io import DTYPES, load_image
+from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
+from deepseek_vl2.serve.streaming import AnswerStream
+from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
 
 EXAMPLE_IMAGE = Path(__file__).parent / "images" / "visual_grounding_1.jpeg"
 EXAMPLE_PROMPT = f"{REF_START}the red star{REF_END}."
 PROMPT_FOR_PICTURES = f"{GROUNDING}Describe the picture."
+OUTPUT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_SEED = 2**63 - 1
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"inference.py: error: {message} (--help lists all options)\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Ask a DeepSeek-VL2 model about pictures.")
+    parser = OneLineParser(prog="inference.py", description="Ask a DeepSeek-VL2 model about pictures.")
     parser.add_argument(
         "--model_path", default="nano", help="'nano' (bundled), a checkpoint folder or a name on the hub; default: nano"
     )
@@ -40,7 +55,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--chunk_size", type=int, default=-1, help="tokens to prefill at once, for less memory; default -1: all"
     )
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length of the answer; default: 512")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, at best up to 0.7; default: 0")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help=f"0 is greedy, at best up to {MAX_ADVISED_TEMPERATURE}; default: 0",
+    )
     parser.add_argument("--top_p", type=float, default=0.9, help="used with a temperature; default: 0.9")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions; default: 1")
     parser.add_argument("--seed", type=int, default=None, help="for repeatable sampling")
@@ -51,49 +71,104 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot work before anything is loaded.
+
+    Raises:
+        ValueError: If a number is out of range, the device is not there, or the output cannot be written.
+    """
+    sampling_options(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.repetition_penalty)
+    check_chunk_size(arguments.chunk_size)
+    if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
+        raise ValueError(f"--seed {arguments.seed} must be 0 to {MAX_SEED}")
+    resolve_device(arguments.device)
+    check_output(arguments.output, arguments.image or [])
+
+
+def check_output(path: Path, images: list[str]) -> None:
+    """Refuses an output that could not be written, or would replace a picture that is asked about.
+
+    Raises:
+        ValueError: If the folder is missing or not writable, the name has no picture format's ending or is a folder's,
+            or it is one of the pictures.
+    """
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"--output {path}: take a name that ends in one of {', '.join(OUTPUT_SUFFIXES)}")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; take the name of a file in it")
+    if (
+        not path.parent.is_dir()
+        or not os.access(path.parent, os.W_OK)
+        or (path.exists() and not os.access(path, os.W_OK))
+    ):
+        raise ValueError(f"--output {path}: the folder {path.parent} does not exist, or it cannot be written there")
+    if path.exists() and any(Path(image).is_file() and path.samefile(image) for image in images if len(image) < 255):
+        raise ValueError(f"--output {path} would replace the picture that is asked about; take another name")
+
+
 def build_conversation(prompt: str | None, images: list[str] | None) -> list[dict[str, Any]]:
-    """Puts question and pictures into the form of the processor; the bundled example without both."""
+    """Puts question and pictures into the form of the processor; the bundled example without both.
+
+    Raises:
+        ValueError: If the question is empty, marks and pictures are not as many, or a picture cannot be read.
+        OSError: If a picture is not there.
+    """
     if prompt is None and images is None:
         prompt, images = EXAMPLE_PROMPT, [str(EXAMPLE_IMAGE)]
     images = images or []
-    prompt = prompt if prompt is not None else PROMPT_FOR_PICTURES
+    prompt = PROMPT_FOR_PICTURES if prompt is None else prompt
+    if not prompt.replace(IMAGE, "").strip():
+        raise ValueError("--prompt is empty: ask something, or leave it out to get the picture described")
     if IMAGE not in prompt:
         prompt = f"{IMAGE}\n" * len(images) + prompt
+    num_marks = prompt.count(IMAGE)
+    if num_marks != len(images):
+        raise ValueError(
+            f"--prompt has {num_marks} {IMAGE} mark(s) for {len(images)} picture(s) of --image: every picture needs "
+            "one mark, or leave all marks out to have the pictures in front of the question"
+        )
     pictures = [load_image(image) for image in images]
     return [{"role": USER, "content": prompt, "images": pictures}, {"role": ASSISTANT, "content": ""}]
 
 
-def check_output(path: Path) -> None:
-    """Refuses an output that could not be written, before any work is done.
-
-    Raises:
-        ValueError: If the folder is missing or not writable, or the name has no picture format's ending.
-    """
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {path}: {path.suffix or 'no ending'} is no picture format; use .jpg or .png")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: the folder {path.parent} does not exist or cannot be written to")
-
-
-def save_boxes(grounding: GroundingResult, conversation: list[dict[str, Any]], path: Path) -> Path | None:
-    """Draws the boxes on the last picture; returns where it was saved, None without boxes."""
-    pictures = conversation[0]["images"]
-    if not grounding.boxes or not pictures:
+def save_boxes(grounding: GroundingResult, picture: Image.Image | None, path: Path) -> Path | None:
+    """Draws the boxes on a picture; returns where it was saved, None without boxes or picture."""
+    if not grounding.boxes or picture is None:
         return None
-    draw_boxes(pictures[-1], grounding.boxes).save(path)
+    draw_boxes(picture, grounding.boxes).save(path, quality=95)
     return path
+
+
+def warn(message: str) -> None:
+    """Says something beside the answer."""
+    print(f"inference.py: warning: {message}", file=sys.stderr)
+
+
+def warn_about_length(stream: AnswerStream, max_new_tokens: int) -> None:
+    """Says that an answer has no end, and what to do."""
+    if not stream.is_cut_off:
+        return
+    if stream.num_new_tokens >= max_new_tokens:
+        way_out = "--max_new_tokens sets the limit"
+    else:
+        way_out = f"after {stream.num_prompt_tokens} of the prompt the model has no positions left; ask with less"
+    warn(f"the answer is cut off after {stream.num_new_tokens} tokens; {way_out}")
 
 
 def answer(arguments: argparse.Namespace) -> None:
     """Loads the model, answers, saves the picture."""
-    check_output(arguments.output)
+    check_arguments(arguments)
+    if arguments.temperature > MAX_ADVISED_TEMPERATURE:
+        warn(
+            f"temperature {arguments.temperature:g} is above {MAX_ADVISED_TEMPERATURE}; the published models get vague"
+        )
     conversation = build_conversation(arguments.prompt, arguments.image)
+    picture = (conversation[0]["images"] or [None])[-1]
+    tokenizer, model, processor = load_model(arguments.model_path, arguments.dtype, device=arguments.device)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    tokenizer, model, processor = load_model(arguments.model_path, arguments.dtype, device=arguments.device)
     start = time.perf_counter()
-    pieces = []
-    for piece in deepseek_generate(
+    stream = deepseek_generate(
         conversation,
         model,
         processor,
@@ -103,42 +178,76 @@ def answer(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         repetition_penalty=arguments.repetition_penalty,
         chunk_size=arguments.chunk_size,
-    ):
+    )
+    pieces = []
+    for piece in stream:
         pieces.append(piece)
         if not arguments.json:
             print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
     text = "".join(pieces)
+    if not arguments.json:
+        print(flush=True)
+    warn_about_length(stream, arguments.max_new_tokens)
     grounding = read_grounding(text)
-    saved = save_boxes(grounding, conversation, arguments.output)
+    saved = save_boxes(grounding, picture, arguments.output)
     if arguments.json:
-        pictures = conversation[0]["images"]
-        size = pictures[-1].size if pictures else None
         document = {
             "answer": text,
-            "boxes": [box.to_dict(size) for box in grounding.boxes],
+            "boxes": [box.to_dict(picture.size if picture else None) for box in grounding.boxes],
             "problems": grounding.problems,
+            "is_cut_off": stream.is_cut_off,
             "output": str(saved) if saved else None,
             "model": arguments.model_path,
-            "seconds": round(time.perf_counter() - start, 3),
+            "prompt_tokens": stream.num_prompt_tokens,
+            "image_tokens": stream.num_image_tokens,
+            "new_tokens": stream.num_new_tokens,
+            "seconds": round(seconds, 3),
         }
         print(json.dumps(document, ensure_ascii=False))
         return
-    print()
     for problem in grounding.problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        warn(problem)
     if saved:
-        print(f"The picture with {len(grounding.boxes)} box(es) is saved as {saved}.")
+        count = len(grounding.boxes)
+        print(f"The picture with {count} box{'es' if count > 1 else ''} is saved as {saved}.")
+
+
+def describe(error: Exception) -> str:
+    """One line on what went wrong."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "there is not enough memory; try --chunk_size 512, fewer or smaller pictures, or --device cpu"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 0, or 2 after an error that the user can mend."""
+    """Runs the script; returns its exit code."""
+    options = parse_arguments(arguments)
     try:
-        answer(parse_arguments(arguments))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"inference.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        answer(options)
+    except KeyboardInterrupt:
+        print("\ninference.py: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the answer has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"inference.py: error: {describe(error)}", file=sys.stderr)
         return 2
     return 0
 
 
+def quiet_libraries() -> None:
+    """Leaves standard error to what concerns the user, and lets standard output take any letter."""
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
 if __name__ == "__main__":
+    quiet_libraries()
     sys.exit(main())

@@ -56,19 +56,22 @@ def num_running():
 
 
 def saying(monkeypatch, parts, ids, delay=0.0):
-    """Makes the model say certain ids, whatever it is asked, as slowly as wanted."""
+    """Makes the model say certain ids, whatever it is asked, as slowly as wanted; returns a list of its steps."""
     model, _, tokenizer = parts
     inner = model.language.forward
     remaining = iter(ids)
+    steps = []
 
     def forward(*args, **kwargs):
         outputs = inner(*args, **kwargs)
+        steps.append(outputs.logits.shape)
         time.sleep(delay)
         outputs.logits = torch.full_like(outputs.logits, -100.0)
         outputs.logits[:, -1, next(remaining, tokenizer.eos_token_id)] = 100.0
         return outputs
 
     monkeypatch.setattr(model.language, "forward", forward)
+    return steps
 
 
 @pytest.mark.parametrize("images", [(), (RED,), (RED, BLUE), (RED, BLUE, RED)], ids=len)
@@ -177,35 +180,33 @@ def test_text_is_not_held_back_without_need():
     assert list(until_stop_word(["ab", "U", "nd ", "Us", "er"], ["User:"])) == ["ab", "Und ", "User"]
 
 
-@pytest.mark.parametrize("how", ["close", "drop", "stop"])
+@pytest.mark.parametrize("how", ["close", "stop", "drop"])
 def test_an_abandoned_answer_ends_soon(parts, monkeypatch, how):
-    saying(monkeypatch, parts, parts[2].encode("red " * 400, add_special_tokens=False), delay=0.02)
+    steps = saying(monkeypatch, parts, parts[2].encode("red " * 400, add_special_tokens=False), delay=0.01)
     stream = deepseek_generate(question(), *parts, max_length=400, temperature=0, repetition_penalty=1.0)
     for _ in range(3):
         next(stream)
-    start = time.monotonic()
     if how == "close":
         stream.close()
+        assert list(stream) == []
     elif how == "stop":
         stream.stop()
-        assert len(list(stream)) < 20
+        assert len(list(stream)) < 200  # what was said in the meantime
         assert not stream.is_cut_off
     else:
         del stream
         gc.collect()
     assert num_running() == 0
-    assert time.monotonic() - start < 2
-    if how != "drop":
-        assert list(stream) == []
-        assert stream.num_new_tokens < 30
+    assert len(steps) < 200
 
 
 def test_leaving_a_loop_ends_the_answer(parts, monkeypatch):
-    saying(monkeypatch, parts, parts[2].encode("red " * 400, add_special_tokens=False), delay=0.02)
+    steps = saying(monkeypatch, parts, parts[2].encode("red " * 400, add_special_tokens=False), delay=0.01)
     for _ in deepseek_generate(question(), *parts, max_length=400, temperature=0, repetition_penalty=1.0):
         assert num_running() == 1
         break
     assert num_running() == 0
+    assert len(steps) < 200
 
 
 def test_nothing_runs_before_the_first_piece_is_asked_for(parts):
