@@ -9,6 +9,9 @@ from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, Cells
 from deepseek_vl2.nano.questions import CELL_CLASSES, COORDINATE_MAX
 from deepseek_vl2.nano.scenes import COLOR_NAMES
 
+# Coordinates say which object is meant; the label and the marks around them are soon known.
+COORDINATE_WEIGHT = 4.0
+
 
 class NumberTargets(nn.Module):
     """Targets of coordinates: a narrow bell over the numbers 0 to 999, so that a near miss costs less than a far one.
@@ -77,20 +80,23 @@ class AnswerLoss(nn.Module):
             log_probabilities[is_coordinate][:, self.targets.number_ids], numbers[is_coordinate]
         )
         losses = losses.masked_scatter(is_coordinate, near)
-        weights = _question_weights(batch)[:, 1:][is_answer]
+        rows = torch.arange(len(batch.segments))[:, None]
+        questions = (rows * (int(batch.segments.max()) + 1) + batch.segments)[:, 1:][is_answer]
+        weights = question_weights(questions, is_coordinate)
         words = _mean(losses[~is_coordinate].detach())
         return {"answer": (losses * weights).sum(), "words": words, "coordinates": _mean(near.detach())}
 
 
-def _question_weights(batch: AnswerBatch) -> torch.Tensor:
-    """Weights [B, T] of the tokens of answers: the same sum for every question, 1 in all; 0 elsewhere."""
-    is_answer = batch.labels != IGNORE_ID
-    rows = torch.arange(len(batch.segments))[:, None]
-    questions = rows * (int(batch.segments.max()) + 1) + batch.segments.clamp(min=0)
-    counts = torch.bincount(questions[is_answer])
-    weights = torch.zeros(batch.labels.shape)
-    weights[is_answer] = 1 / (counts[questions[is_answer]] * (counts > 0).sum())
-    return weights
+def question_weights(questions: torch.Tensor, is_coordinate: torch.Tensor) -> torch.Tensor:
+    """Weights [N] of tokens of answers: the same sum for every question, 1 in all, more for coordinates than for words.
+
+    Args:
+        questions: Number of each token's question, [N].
+        is_coordinate: Which tokens are coordinates, [N].
+    """
+    weights = torch.where(is_coordinate, COORDINATE_WEIGHT, 1.0)
+    sums = torch.bincount(questions, weights)
+    return weights / (sums[questions] * (sums > 0).sum())
 
 
 class DenseHeads(nn.Module):

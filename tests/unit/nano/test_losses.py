@@ -8,7 +8,7 @@ from torch import nn
 from deepseek_vl2.models.special_tokens import DET_END, DET_START
 from deepseek_vl2.nano.architecture import nano_processor
 from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, Cells
-from deepseek_vl2.nano.losses import AnswerLoss, DenseHeads, NumberTargets
+from deepseek_vl2.nano.losses import COORDINATE_WEIGHT, AnswerLoss, DenseHeads, NumberTargets, question_weights
 from deepseek_vl2.nano.questions import CELL_CLASSES
 from deepseek_vl2.nano.scenes import COLOR_NAMES
 from deepseek_vl2.nano.tokenizer import number_token_ids
@@ -32,10 +32,12 @@ def random_layer(seed=0):
 
 
 def batch_of(input_ids, labels):
-    """A batch of which the loss reads ids and labels only."""
+    """A batch of one question a row, of which the loss reads ids, labels and segments only."""
     ids = torch.tensor(input_ids)
     nothing = torch.empty(0)
-    return AnswerBatch(ids, torch.tensor(labels), ids, ids, ids, nothing, nothing, Cells(nothing, nothing, nothing))
+    segments = torch.ones_like(ids)
+    cells = Cells(nothing, nothing, nothing)
+    return AnswerBatch(ids, torch.tensor(labels), ids, segments, ids, nothing, nothing, cells)
 
 
 def number(value):
@@ -79,9 +81,14 @@ def test_words_get_plain_cross_entropy_even_if_they_are_numbers(targets):
     hidden = torch.randn(2, 4, WIDTH)
     found = loss(hidden, layer, batch)
     logits = layer(hidden)
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_ID)
-    torch.testing.assert_close(found["answer"], expected)
-    torch.testing.assert_close(found["words"], expected)
+    each = [
+        F.cross_entropy(row[:-1], row_labels[1:], ignore_index=IGNORE_ID)
+        for row, row_labels in zip(logits, batch.labels, strict=True)
+    ]
+    # Every question counts the same, however long its answer.
+    torch.testing.assert_close(found["answer"], torch.stack(each).mean())
+    all_tokens = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE_ID)
+    torch.testing.assert_close(found["words"], all_tokens)
     assert found["coordinates"] == 0  # there are none; NaN would end up in the log
 
 
@@ -102,8 +109,18 @@ def test_coordinates_are_the_numbers_between_det_marks(targets):
     found = loss(hidden, layer, batch)
     torch.testing.assert_close(found["words"], torch.stack(words).mean())
     torch.testing.assert_close(found["coordinates"], torch.stack(coordinates).mean(), atol=1e-4, rtol=1e-4)
-    expected = torch.stack([*words, *coordinates]).mean()
+    expected = (sum(words) + COORDINATE_WEIGHT * sum(coordinates)) / (len(words) + COORDINATE_WEIGHT * len(coordinates))
     torch.testing.assert_close(found["answer"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_questions_have_the_same_weight_however_long():
+    questions = torch.tensor([3, 3, 3, 3, 8, 11, 11])
+    is_coordinate = torch.tensor([False, True, True, False, False, False, True])
+    weights = question_weights(questions, is_coordinate)
+    assert weights.sum().item() == pytest.approx(1)
+    for question in (3, 8, 11):
+        assert weights[questions == question].sum().item() == pytest.approx(1 / 3)
+    assert (weights[1] / weights[0]).item() == pytest.approx(COORDINATE_WEIGHT)
 
 
 def test_a_near_miss_costs_less_than_a_far_one(targets):
