@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -156,11 +157,35 @@ class DeepseekVLV2Processor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=tokenizer.chat_template)
 
     @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read the processor's file; see `ProcessorMixin`.
+
+        Raises:
+            FileNotFoundError: what can only be a path does not exist. It would be taken for a bad hub name.
+        """
+        name = str(pretrained_model_name_or_path)
+        if name.startswith((".", "/", "~")) and not Path(name).exists():
+            raise FileNotFoundError(f"there is no processor in {name!r}: no such folder")
+        return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def _load_tokenizer_from_pretrained(
         cls, sub_processor_type: str, pretrained_model_name_or_path: Any, subfolder: str = "", **kwargs: Any
     ) -> Any:
-        """Load tokenizer.json as it is, whatever `tokenizer_class` the folder names (see `check_byte_level`)."""
-        return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        """Load tokenizer.json as it is, whatever `tokenizer_class` the folder names (see `check_byte_level`).
+
+        Raises:
+            OSError: there is no tokenizer.json, or it cannot be read.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(name, subfolder=subfolder, **kwargs)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"cannot load tokenizer.json of {str(name)!r}: there is no such folder or hub name, it has no such "
+                "file, or the hub cannot be reached. The bundled model needs no network: deepseek_vl2.nano.path(). "
+                f"Cause: {error}"
+            ) from error
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
