@@ -22,7 +22,7 @@ def _shape(color: str, name: str) -> ObjectPlan:
 # File name: seed, size, what is in it, and which object a red rectangle marks.
 EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
     "visual_grounding_1.jpeg": (
-        1,
+        4,
         (640, 480),
         (_shape("red", "star"), _shape("blue", "circle"), _shape("green", "square"), _shape("yellow", "triangle")),
         None,
