@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -74,8 +75,9 @@ class DeepseekVLV2PreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, VisionTransformer):
             init.normal_(module.pos_embed, std=module.embed_dim**-0.5)  # type: ignore[arg-type]
-            if module.attn_pool is not None:
-                init.normal_(module.attn_pool.latent, std=module.embed_dim**-0.5)
+        elif isinstance(module, AttentionPoolLatent):
+            # By itself: a checkpoint may lack the pool while the rest of the tower is loaded.
+            init.normal_(module.latent, std=module.latent.shape[-1] ** -0.5)
         elif isinstance(module, DeepseekVLV2ForCausalLM):
             width = self.config.projector_config.n_embed
             init.normal_(module.image_newline, std=1 / math.sqrt(width))

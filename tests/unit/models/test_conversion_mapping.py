@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import LANGUAGE, VARIANTS, language_config, make_inputs, seeded, vl_config
+from torch.nn import Linear
 from transformers import AutoModelForCausalLM
 from transformers import DeepseekV2Config as TransformersConfig
 from transformers import DeepseekV2ForCausalLM as TransformersModel
@@ -133,6 +134,12 @@ def test_without_the_attention_pool(tmp_path):
     loaded = load(DeepseekVLV2ForCausalLM, write(tmp_path / "without", model, kept))
     assert torch.equal(logits(loaded), logits(model))
     assert all(parameter.isfinite().all() for parameter in loaded.vision.attn_pool.parameters())
+    # Started afresh, not what happened to lie in memory.
+    width = loaded.vision.embed_dim
+    assert 0.5 < loaded.vision.attn_pool.latent.std() * width**0.5 < 1.5
+    assert all(
+        0.1 < layer.weight.std() < 0.4 for layer in loaded.vision.attn_pool.modules() if isinstance(layer, Linear)
+    )
 
 
 def test_model_that_has_no_attention_pool(tmp_path):
