@@ -1,0 +1,266 @@
+"""nano's training: three stages, and an end that does not depend on how often it was stopped on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import deepseek_vl2.nano.__main__ as command
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.nano import train
+from deepseek_vl2.nano.train import STAGES, NanoTrainer, StageSettings, TrainingSettings
+
+NUM_BATCHES = 3
+LOSSES = {
+    "views": {"dense_shape", "dense_color", "dense_box"},
+    "answers": {"answer", "words", "coordinates", "dense_shape", "dense_color", "dense_box"},
+}
+LOSSES["together"] = LOSSES["answers"]
+
+
+class StoppedError(Exception):
+    """Stands for a kill."""
+
+
+def small_settings(**changes):
+    settings = TrainingSettings().scaled(0.0001)
+    stages = {name: replace(getattr(settings, name), num_batches=NUM_BATCHES, batch_size=4) for name in STAGES}
+    small = {**stages, "questions_a_picture": 2, "num_threads": 1, "save_every": 2}
+    return replace(settings, **(small | changes))
+
+
+def weights(trainer):
+    return {**trainer.model.state_dict(), **{f"heads.{k}": v for k, v in trainer.heads.state_dict().items()}}
+
+
+def is_same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def run(folder, monkeypatch, most_steps=None, settings=None):
+    """Trains until the end, or until `most_steps` batches are learnt; returns trainer and the stage of each step."""
+    trainer = NanoTrainer(settings or small_settings(), folder)
+    step, stages, snapshots = trainer.step, [], []
+
+    def counted_step(batch):
+        if len(stages) == most_steps:
+            raise StoppedError
+        stages.append(trainer.stage)
+        snapshots.append({name: t.clone() for name, t in weights(trainer).items() if name.startswith("vision.")})
+        return step(batch)
+
+    monkeypatch.setattr(trainer, "step", counted_step)
+    if most_steps is None:
+        trainer.run()
+    else:
+        with pytest.raises(StoppedError):
+            trainer.run()
+    return trainer, stages, snapshots
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LOG_EVERY", 1)
+        trainer, stages, snapshots = run(folder, patch)
+    return folder, trainer, stages, snapshots
+
+
+def test_all_stages_run_and_log(undisturbed):
+    folder, trainer, stages, _ = undisturbed
+    assert stages == [name for name in STAGES for _ in range(NUM_BATCHES)]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["batch"]) for line in lines] == [
+        (name, batch) for name in STAGES for batch in range(1, NUM_BATCHES + 1)
+    ]
+    for line in lines:
+        assert set(line) == {"stage", "batch", "seconds", "grad_norm"} | LOSSES[line["stage"]]
+        assert all(torch.tensor(line[name]).isfinite() for name in LOSSES[line["stage"]] | {"grad_norm"})
+        assert line["grad_norm"] > 0
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "state.pt"]
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state["settings"] == asdict(small_settings())
+    assert (state["stage_index"], state["next_batch"]) == (2, NUM_BATCHES)
+    assert is_same(state["model"], trainer.model.state_dict())
+
+
+def test_the_tower_is_fixed_in_the_second_stage_only(undisturbed):
+    _, trainer, _, snapshots = undisturbed
+    end = {name: tensor for name, tensor in weights(trainer).items() if name.startswith("vision.")}
+    before_step = [*snapshots, end]
+    moved = [not is_same(before, after) for before, after in pairwise(before_step)]
+    # The last step of a stage has the size 0: by design it moves nothing where `last_factor` is 0.
+    assert moved == [True, True, False] + [False] * 3 + [True, True, False]
+
+
+def test_everything_else_learns(undisturbed):
+    folder, trainer, _, _ = undisturbed
+    fresh = weights(NanoTrainer(small_settings(), folder))
+    unmoved = {name for name, tensor in weights(trainer).items() if torch.equal(tensor, fresh[name])}
+    # Tables of the number targets stay; so may experts that so few tokens never came to.
+    assert {name for name in unmoved if ".experts." not in name and "targets" not in name} == set()
+
+
+def test_stopped_after_any_batch_and_gone_on_ends_at_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    """Nine starts, stopped after every batch once. A stage's first batch is not kept: it is learnt again."""
+    learnt = []
+    for most_steps in (1, 2, 1, 1, 2, 1, 1, 2):
+        learnt += run(tmp_path, monkeypatch, most_steps)[1]
+    trainer, stages, _ = run(tmp_path, monkeypatch)
+    assert learnt + stages == [name for name in STAGES for _ in range(NUM_BATCHES + 1)]
+    assert is_same(weights(trainer), weights(undisturbed[1]))
+
+
+def test_a_finished_run_stays_as_it_is(undisturbed, monkeypatch):
+    folder, trainer, _, _ = undisturbed
+    again, stages, _ = run(folder, monkeypatch)
+    assert stages == []
+    assert is_same(weights(again), weights(trainer))
+
+
+# Kills its own process where the second stage has learnt two batches and saved them.
+RUN_AND_BE_KILLED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_nano_train import NanoTrainer, small_settings
+
+trainer = NanoTrainer(small_settings(), pathlib.Path(sys.argv[2]))
+step = trainer.step
+
+def step_or_die(batch):
+    if (trainer.stage, trainer.next_batch) == ("answers", 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(batch)
+
+trainer.step = step_or_die
+trainer.run()
+"""
+
+
+def test_a_killed_process_goes_on_at_the_same_bits(undisturbed, tmp_path, repository, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    command_line = [sys.executable, "-c", RUN_AND_BE_KILLED, str(Path(__file__).parent), str(tmp_path / "run")]
+    errors = tmp_path / "errors.txt"  # not a pipe, which the process that draws batches would hold open for a while
+    with errors.open("w") as file:
+        done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=120)
+    assert done.returncode == -signal.SIGKILL, errors.read_text()
+    trainer, stages, _ = run(tmp_path / "run", monkeypatch)
+    assert stages == ["answers"] + ["together"] * NUM_BATCHES
+    assert is_same(weights(trainer), weights(undisturbed[1]))
+
+
+def test_a_half_written_state_is_never_seen(tmp_path, monkeypatch):
+    trainer = NanoTrainer(small_settings(), tmp_path)
+    trainer.load_state()
+    trainer.next_batch = 1
+    trainer.save_state()
+    complete = (tmp_path / "state.pt").read_bytes()
+
+    def cut_off(state, path):
+        Path(path).write_bytes(complete[: len(complete) // 2])
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut_off)
+        trainer.next_batch = 2
+        with pytest.raises(StoppedError):
+            trainer.save_state()
+    assert (tmp_path / "state.pt").read_bytes() == complete
+    later = NanoTrainer(small_settings(), tmp_path)
+    later.load_state()
+    assert later.next_batch == 1
+    later.save_state()  # over what was left lying about
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_state_of_other_settings_is_refused(undisturbed):
+    folder = undisturbed[0]
+    before = (folder / "state.pt").read_bytes()
+    for other in (small_settings(seed=1), small_settings(coordinate_spread=5.0)):
+        with pytest.raises(ValueError, match=r"state\.pt was written with other settings.*another folder"):
+            NanoTrainer(other, folder).load_state()
+    assert (folder / "state.pt").read_bytes() == before
+
+
+def test_checkpoint_is_the_model_in_bfloat16(undisturbed, tmp_path):
+    trainer = undisturbed[1]
+    trainer.save_checkpoint(tmp_path)
+    assert next(trainer.model.parameters()).dtype == torch.float32  # the run itself goes on in float32
+    loaded, info = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert loaded.dtype == torch.bfloat16 and loaded.config.dtype == torch.bfloat16
+    for name, tensor in trainer.model.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert torch.equal(found, tensor.to(found.dtype)), name
+    assert DeepseekVLV2Processor.from_pretrained(tmp_path).image_size == 112
+    assert (tmp_path / "model.safetensors").stat().st_size <= 12_000_000
+
+
+def test_steps_grow_stay_and_shrink():
+    stage = StageSettings(100, 8, 1.0, 1.0, warmup_share=0.1, decay_share=0.4, last_factor=0.2)
+    factors = [stage.lr_factor(batch) for batch in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[4] == pytest.approx(0.5)
+    assert factors[9:60] == [pytest.approx(1.0)] * 51
+    assert factors[79] == pytest.approx(0.6) and factors[99] == pytest.approx(0.2)
+    assert factors[59:] == sorted(factors[59:], reverse=True)
+
+
+def test_scaled_settings_keep_everything_but_the_length():
+    whole = TrainingSettings()
+    part = whole.scaled(0.1)
+    for name in STAGES:
+        stage = getattr(whole, name)
+        assert getattr(part, name) == replace(stage, num_batches=round(stage.num_batches / 10))
+    assert replace(part, **{name: getattr(whole, name) for name in STAGES}) == whole
+    assert whole.scaled(1.0) == whole
+    assert [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES] == [1, 1, 1]
+
+
+class FakeTrainer:
+    """Takes the command's settings and does nothing."""
+
+    made: ClassVar[list[Any]] = []
+
+    def __init__(self, settings, folder):
+        self.settings, self.folder = settings, folder
+        self.made.append(self)
+
+    def run(self):
+        self.is_run = True
+
+    def save_checkpoint(self, folder):
+        self.checkpoint = folder
+
+
+def test_command_trains_and_saves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "NanoTrainer", FakeTrainer)
+    monkeypatch.setattr(FakeTrainer, "made", [])
+    assert command.main(["--folder", str(tmp_path), "--share", "0.1", "--num_threads", "1", "--seed", "7"]) == 0
+    (trainer,) = FakeTrainer.made
+    assert trainer.settings == TrainingSettings(num_threads=1, seed=7).scaled(0.1)
+    assert trainer.folder == tmp_path and trainer.is_run
+    assert trainer.checkpoint == tmp_path / "checkpoint"
+    assert f"evaluate --model_path {tmp_path / 'checkpoint'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--share", "0"], ["--share", "1.5"], ["--num_threads", "0"]])
+def test_command_refuses_numbers_out_of_range(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert "--share must be above 0 and at most 1, --num_threads at least 1" in capsys.readouterr().err
+
+
+def test_command_says_in_one_line_that_a_state_does_not_fit(undisturbed, capsys):
+    assert command.main(["--folder", str(undisturbed[0])]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "error:" in lines[0] and "other settings" in lines[0]
