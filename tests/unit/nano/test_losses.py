@@ -31,13 +31,12 @@ def random_layer(seed=0):
     return nn.Linear(WIDTH, VOCAB_SIZE, bias=False)
 
 
-def batch_of(input_ids, labels):
-    """A batch of one question a row, of which the loss reads ids, labels and segments only."""
-    ids = torch.tensor(input_ids)
-    nothing = torch.empty(0)
-    segments = torch.ones_like(ids)
+def batch_of(input_ids, labels, segments=None):
+    """A batch of which the loss reads ids, labels and segments only; one question a row if no segments are given."""
+    ids, nothing = torch.tensor(input_ids), torch.empty(0)
+    questions = torch.ones_like(ids) if segments is None else torch.tensor(segments)
     cells = Cells(nothing, nothing, nothing)
-    return AnswerBatch(ids, torch.tensor(labels), ids, segments, ids, nothing, nothing, cells)
+    return AnswerBatch(ids, torch.tensor(labels), ids, questions, ids, nothing, nothing, cells)
 
 
 def number(value):
@@ -121,6 +120,21 @@ def test_questions_have_the_same_weight_however_long():
     for question in (3, 8, 11):
         assert weights[questions == question].sum().item() == pytest.approx(1 / 3)
     assert (weights[1] / weights[0]).item() == pytest.approx(COORDINATE_WEIGHT)
+
+
+def test_every_question_counts_the_same(targets):
+    """Answers of one, three and two tokens in two rows, the second row padded: the mean of three means."""
+    loss = AnswerLoss(targets, DET, END)
+    ids = [[WORD, WORD, EOS, OTHER_WORD, WORD, OTHER_WORD, EOS], [WORD, WORD, OTHER_WORD, EOS, 0, 0, 0]]
+    is_answer = [[0, 0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]]
+    segments = [[0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, -1, -1, -1]]
+    labels = torch.tensor(ids).where(torch.tensor(is_answer) > 0, IGNORE_ID)
+    layer, hidden = random_layer(), torch.randn(2, 7, WIDTH)
+    log_probabilities = layer(hidden)[:, :-1].log_softmax(dim=-1)
+    costs = -log_probabilities.gather(2, torch.tensor(ids)[:, 1:, None])[..., 0]
+    expected = torch.stack([costs[0, 1], costs[0, 3:6].mean(), costs[1, 1:3].mean()]).mean()
+    found = loss(hidden, layer, batch_of(ids, labels.tolist(), segments))
+    torch.testing.assert_close(found["answer"], expected)
 
 
 def test_a_near_miss_costs_less_than_a_far_one(targets):

@@ -151,7 +151,7 @@ def test_a_killed_process_goes_on_at_the_same_bits(undisturbed, tmp_path, reposi
     command_line = [sys.executable, "-c", RUN_AND_BE_KILLED, str(Path(__file__).parent), str(tmp_path / "run")]
     errors = tmp_path / "errors.txt"  # not a pipe, which the process that draws batches would hold open for a while
     with errors.open("w") as file:
-        done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=120)
+        done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=300)
     assert done.returncode == -signal.SIGKILL, errors.read_text()
     trainer, stages, _ = run(tmp_path / "run", monkeypatch)
     assert stages == ["answers"] + ["together"] * NUM_BATCHES
