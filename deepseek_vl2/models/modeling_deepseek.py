@@ -237,7 +237,7 @@ class DeepseekV2MoE(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -249,10 +249,10 @@ def eager_attention_forward(
     """Attention written out, the form that transformers' attention interface asks for.
 
     Args:
-        module: The attention layer.
+        module: The attention layer; its `num_key_value_groups` query heads share one key and value head.
         query: [B, H, T, head].
-        key: [B, H, K, head].
-        value: [B, H, K, head].
+        key: [B, H / groups, K, head].
+        value: [B, H / groups, K, head].
         attention_mask: Added to the scores, broadcast to [B, H, T, K].
         scaling: Factor on the scores.
         dropout: Probability of dropping a weight in training.
@@ -260,12 +260,31 @@ def eager_attention_forward(
     Returns:
         Output [B, T, H, head] and weights [B, H, T, K].
     """
+    if module.num_key_value_groups > 1:
+        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Runs the attention kernel that the layer's configuration names; see `eager_attention_forward`."""
+    kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    dropout = module.config.attention_dropout if module.training else 0.0
+    return kernel(module, query, key, value, attention_mask, scaling=module.scaling, dropout=dropout, **kwargs)
 
 
 class DeepseekV2MultiHeadAttention(nn.Module):
@@ -303,29 +322,8 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         key = rotate_halves(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_grouped_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
-
-
-def eager_grouped_attention_forward(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`eager_attention_forward` for keys and values that several query heads share."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    return eager_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 class DeepseekV2Attention(nn.Module):
@@ -417,19 +415,7 @@ class DeepseekV2Attention(nn.Module):
         key = torch.cat((key_nope, key_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
         # The fast kernels ask for values as wide as keys; a negative filling would cut wider ones.
         value = F.pad(value, (0, max(self.qk_head_dim - self.v_head_dim, 0)))
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return output[..., : self.v_head_dim], weights
 
     def _attend_absorbed(

@@ -172,7 +172,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             ValueError: If a row has fewer views than its grids ask for.
         """
         grids = [[TileGrid(*grid) for grid in row if grid[0] and grid[1]] for row in images_spatial_crop.tolist()]
-        num_views = [sum(1 + grid.columns * grid.rows for grid in row) for row in grids]
+        num_views = [sum(grid.num_views for grid in row) for row in grids]
         if max(num_views, default=0) > images.shape[1]:
             raise ValueError(
                 f"images_spatial_crop asks for {max(num_views)} views in a row, images hold {images.shape[1]}."
@@ -184,7 +184,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         patches = self.vision(views.to(vision_dtype))  # [V, P*P, C]
         tokens = self.projector(patches)  # [V, G*G, D]
         all_grids = [grid for row in grids for grid in row]
-        tokens_of_pictures = tokens.split([1 + grid.columns * grid.rows for grid in all_grids])
+        tokens_of_pictures = tokens.split([grid.num_views for grid in all_grids])
         return [self._arrange_views(picture, grid) for picture, grid in zip(tokens_of_pictures, all_grids, strict=True)]
 
     def _arrange_views(self, tokens: torch.Tensor, grid: TileGrid) -> torch.Tensor:

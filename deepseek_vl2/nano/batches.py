@@ -155,7 +155,7 @@ class ViewBatches(Dataset[ViewBatch]):
             grid = ONE_TILE if rng.random() < 0.6 else _larger_grid(rng)
             scene = draw_scene(rng, self.processor, grid, (1, MAX_COUNT))
             all_views = self.processor.image_transform.views(scene.draw(), grid, self.processor.image_size)
-            chosen = [0] if grid == ONE_TILE else [0, rng.randint(1, grid.columns * grid.rows)]
+            chosen = [0] if grid == ONE_TILE else [0, rng.randint(1, grid.num_tiles)]
             views += [all_views[number] for number in chosen]
             own = cells_of(self.processor, scene, grid)
             cells.append(Cells(own.shape_ids[chosen], own.color_ids[chosen], own.boxes[chosen]))

@@ -6,8 +6,9 @@ from torch import nn
 
 from deepseek_vl2.models.special_tokens import DET_END, DET_START
 from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, Cells
-from deepseek_vl2.nano.questions import CELL_CLASSES, COORDINATE_MAX
+from deepseek_vl2.nano.questions import CELL_CLASSES
 from deepseek_vl2.nano.scenes import COLOR_NAMES
+from deepseek_vl2.serve.grounding import COORDINATE_MAX
 
 # Coordinates say which object is meant; the label and the marks around them are soon known.
 COORDINATE_WEIGHT = 4.0

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_vl2.models.special_tokens import DET_END, DET_START, GROUNDING, REF_END, REF_START
+from deepseek_vl2.models.tiling import TileGrid, letterbox, tile_boxes
 from deepseek_vl2.nano.scenes import (
     COLOR_NAMES,
     SHAPE_NAMES,
@@ -27,10 +28,10 @@ from deepseek_vl2.nano.scenes import (
     random_scene,
     random_size,
 )
+from deepseek_vl2.serve.grounding import COORDINATE_MAX
 
 TRAIN_SPLIT = "train"
 EVAL_SPLIT = "eval"
-COORDINATE_MAX = 999
 MAX_COUNT = 6
 
 # A label inside ref marks, as the reference's README asks for an object, and plain forms.
@@ -432,17 +433,6 @@ class DenseTargets(NamedTuple):
     boxes: NDArray[np.float32]
 
 
-def _letterbox(size: Size, canvas: Size) -> tuple[float, float, int, int]:
-    """Scale and offset, across and down, with which `PIL.ImageOps.pad` puts a picture on a canvas."""
-    width, height = canvas
-    if size[0] / size[1] > canvas[0] / canvas[1]:
-        height = round(size[1] / size[0] * canvas[0])
-    elif size[0] / size[1] < canvas[0] / canvas[1]:
-        width = round(size[0] / size[1] * canvas[1])
-    left, top = round((canvas[0] - width) * 0.5), round((canvas[1] - height) * 0.5)
-    return width / size[0], height / size[1], left, top
-
-
 def view_rectangles(width: int, height: int, columns: int, rows: int, side: int = 112) -> NDArray[np.float64]:
     """The part of a picture that each view shows, in pixels of the picture: the global view, then the tiles row by row.
 
@@ -458,13 +448,21 @@ def view_rectangles(width: int, height: int, columns: int, rows: int, side: int 
     Returns:
         x1, y1, x2, y2 of every view, [V, 4] with V = 1 + columns * rows.
     """
-    cuts = [((side, side), 0, 0)]
-    cuts += [((columns * side, rows * side), column, row) for row in range(rows) for column in range(columns)]
+    grid = TileGrid(columns, rows)
+    cuts = [((side, side), (0, 0, side, side))]
+    cuts += [((columns * side, rows * side), box) for box in tile_boxes(grid, side)]
     rectangles = []
-    for canvas, column, row in cuts:
-        scale_x, scale_y, left, top = _letterbox((width, height), canvas)
-        x1, y1 = column * side - left, row * side - top
-        rectangles.append((x1 / scale_x, y1 / scale_y, (x1 + side) / scale_x, (y1 + side) / scale_y))
+    for canvas, (x1, y1, x2, y2) in cuts:
+        fitted = letterbox((width, height), canvas)
+        scale_x, scale_y = fitted.width / width, fitted.height / height
+        rectangles.append(
+            (
+                (x1 - fitted.left) / scale_x,
+                (y1 - fitted.top) / scale_y,
+                (x2 - fitted.left) / scale_x,
+                (y2 - fitted.top) / scale_y,
+            )
+        )
     return np.array(rectangles)
 
 
