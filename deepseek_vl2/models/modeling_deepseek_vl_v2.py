@@ -84,6 +84,36 @@ class DeepseekVLV2PreTrainedModel(PreTrainedModel):
             init.normal_(module.view_seperator, std=1 / math.sqrt(width))
 
 
+def arrange_views(
+    tokens: torch.Tensor, grid: TileGrid, newline: torch.Tensor, separator: torch.Tensor, is_global_first: bool = True
+) -> torch.Tensor:
+    """Lays the views of a picture out as the language model reads them.
+
+    Args:
+        tokens: Image tokens [1 + columns*rows, G*G, D] of the global view and the tiles.
+        grid: The tiles.
+        newline: Token [D] at the end of each row.
+        separator: Token [D] between the global view and the tiles.
+        is_global_first: Whether the global view comes before the tiles.
+
+    Returns:
+        [N, D]: the rows of the global view and those of all tiles side by side, each ended by a newline token, with the
+        separator between.
+    """
+    side = math.isqrt(tokens.shape[1])
+    mosaic = tokens[1:].unflatten(0, (grid.rows, grid.columns)).unflatten(2, (side, side))
+    mosaic = mosaic.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [rows*G, columns*G, D]
+    global_view = _end_rows(tokens[0].unflatten(0, (side, side)), newline)
+    tiles = _end_rows(mosaic, newline)
+    first, last = (global_view, tiles) if is_global_first else (tiles, global_view)
+    return torch.cat((first, separator[None], last))
+
+
+def _end_rows(tokens: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+    """Rows of tokens [h, w, D] -> [h * (w + 1), D] with a newline token after each."""
+    return torch.cat((tokens, newline.expand(tokens.shape[0], 1, -1)), dim=1).flatten(0, 1)
+
+
 class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedModel, GenerationMixin):
     """DeepSeek-VL2: answers prompts of text and pictures."""
 
@@ -188,30 +218,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         return [self._arrange_views(picture, grid) for picture, grid in zip(tokens_of_pictures, all_grids, strict=True)]
 
     def _arrange_views(self, tokens: torch.Tensor, grid: TileGrid) -> torch.Tensor:
-        """Lays the views of a picture out as the language model reads them.
-
-        Args:
-            tokens: Image tokens [1 + columns*rows, G*G, D] of the global view and the tiles.
-            grid: The tiles.
-
-        Returns:
-            [N, D]: the rows of the global view and those of all tiles side by side, each ended by a newline token, with
-            the separator between.
-        """
-        side = self.tokens_per_side
-        global_view = self._end_rows(tokens[0].unflatten(0, (side, side)))
-        mosaic = tokens[1:].unflatten(0, (grid.rows, grid.columns)).unflatten(2, (side, side))
-        mosaic = mosaic.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [rows*G, columns*G, D]
-        tiles = self._end_rows(mosaic)
-        separator = self.view_seperator[None]
-        if self.config.global_view_pos == "head":
-            return torch.cat((global_view, separator, tiles))
-        return torch.cat((tiles, separator, global_view))
-
-    def _end_rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of tokens [h, w, D] -> [h * (w + 1), D] with a newline token after each."""
-        newline = self.image_newline.expand(tokens.shape[0], 1, -1)
-        return torch.cat((tokens, newline), dim=1).flatten(0, 1)
+        is_global_first = self.config.global_view_pos == "head"
+        return arrange_views(tokens, grid, self.image_newline, self.view_seperator, is_global_first)
 
     def prepare_inputs_embeds(
         self,
