@@ -6,16 +6,18 @@ alone behind the beginning, so a picture is encoded once for all of its question
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from deepseek_vl2.models import DeepseekVLV2Processor
-from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
+from deepseek_vl2.models.modeling_deepseek_vl_v2 import arrange_views
+from deepseek_vl2.models.special_tokens import ASSISTANT, DET_END, DET_START, IMAGE, REF_END, REF_START, USER
 from deepseek_vl2.models.tiling import TileGrid, choose_grid
 from deepseek_vl2.nano.questions import (
     MAX_COUNT,
@@ -33,10 +35,15 @@ from deepseek_vl2.nano.scenes import Scene, Size, random_scene, random_size
 IGNORE_ID = -100
 BEGINNING = f"{USER}: {IMAGE}"
 # How often each task is asked of a scene.
-TASK_WEIGHTS = {"locate": 40.0, "locate_all": 6.0, "count": 22.0, "color": 14.0, "shape": 8.0, "read": 4.0}
-DESCRIBE_PROBABILITY = 0.5
-COUNTING_SCENE_PROBABILITY = 0.35
+TASK_WEIGHTS = {"locate": 28.0, "locate_all": 8.0, "count": 44.0, "color": 10.0, "shape": 6.0, "read": 6.0}
+DESCRIBE_PROBABILITY = 0.3
+MAX_QUESTIONS = 9
+COUNTING_SCENE_PROBABILITY = 0.5
 MIN_COVER = 0.1
+# Attention that counts n objects leaves 3 / (n + 3) with the beginning, so that what it brings together tells n.
+BEGINNING_SHARE = 3.0
+# The tokens that end a box, in the tokenizer's spelling (Ġ is a space).
+BOX_ENDS = ("],Ġ[", "]]")
 ONE_TILE = TileGrid(1, 1)
 LARGER_GRIDS = (TileGrid(1, 2), TileGrid(2, 1), TileGrid(2, 2))
 LARGER_GRID_WEIGHTS = (1, 1, 3)
@@ -47,15 +54,51 @@ class Cells:
     """What each image token should see. V views, G image tokens a side.
 
     Attributes:
+        object_ids: Index of the object in its scene [V, G, G]; -1 for nothing.
         shape_ids: Class [V, G, G]; -1 for nothing.
         color_ids: Colour [V, G, G]; -1 for nothing or text.
-        boxes: Box x1, y1, x2, y2 of the object, [V, G, G, 4]: for global views as parts of the picture, for tiles as
-            parts of the tile, reaching beyond 0 and 1 where the object does.
+        is_center: Whether the cell is the one of its object nearest to the object's middle, [V, G, G]: one cell of the
+            global view and one of all tiles.
+        boxes: Box x1, y1, x2, y2 of the object, [V, G, G, 4], as parts of the picture or of the view, see `cells_of`.
     """
 
+    object_ids: torch.Tensor
     shape_ids: torch.Tensor
     color_ids: torch.Tensor
+    is_center: torch.Tensor
     boxes: torch.Tensor
+
+    def chosen(self, views: Sequence[int]) -> "Cells":
+        """Those of some views."""
+        return Cells(*(getattr(self, field.name)[views] for field in fields(self)))
+
+
+class Pointing(NamedTuple):
+    """One of `Pointings`, in its row."""
+
+    position: int
+    shares: list[float]
+    is_count: bool
+    weight: float
+
+
+@dataclass
+class Pointings:
+    """Where attention from tokens of answers should go: to the objects that the next token is about. P pointings.
+
+    Attributes:
+        rows: Row of the batch [P].
+        positions: Token that attends [P].
+        shares: Part of the attention [P, 1 + O]: for the first token, then for each object of the scene. Sums to 1.
+        is_count: Whether objects are counted, [P]: then only the middle of each object counts.
+        weights: [P]; those of a question sum to 1.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    shares: torch.Tensor
+    is_count: torch.Tensor
+    weights: torch.Tensor
 
 
 @dataclass
@@ -78,7 +121,9 @@ class AnswerBatch:
         images_seq_mask: [B, T].
         images: [B, V, 3, S, S].
         images_spatial_crop: [B, 1, 2].
-        cells: Of all B * V views.
+        cells: Of all B * V views, boxes as parts of the picture.
+        cell_positions: Token of each cell of a row's views, [B, V * G * G].
+        pointings: Where attention from answers should go.
     """
 
     input_ids: torch.Tensor
@@ -89,6 +134,8 @@ class AnswerBatch:
     images: torch.Tensor
     images_spatial_crop: torch.Tensor
     cells: Cells
+    cell_positions: torch.Tensor
+    pointings: Pointings
 
     def attention_mask(self) -> torch.Tensor:
         """Which tokens each token may see, [B, 1, T, T]: earlier ones of the beginning and of its own question."""
@@ -104,30 +151,31 @@ class Curriculum:
 
     Attributes:
         num_batches: Batches of the stage.
-        growing_share: Part of the stage over which scenes grow from `first_num_objects` to `max_num_objects`.
+        growing_share: Part of the stage, at its start, over which scenes and pictures grow.
         first_num_objects: Most objects in a scene at the start.
-        max_num_objects: Most objects in a scene in the end.
+        max_num_objects: Most objects in a scene after growing.
         first_small_share: How often a picture has one tile only at the start, which is fastest.
-        last_small_share: The same in the end.
+        last_small_share: The same after growing.
     """
 
     num_batches: int
-    growing_share: float = 0.25
-    first_num_objects: int = 2
+    growing_share: float = 0.5
+    first_num_objects: int = 3
     max_num_objects: int = 6
-    first_small_share: float = 0.8
-    last_small_share: float = 0.3
+    first_small_share: float = 1.0
+    last_small_share: float = 0.15
 
     def num_objects(self, batch: int) -> tuple[int, int]:
         """Fewest and most objects in a scene."""
-        progress = min(1.0, batch / self.num_batches / self.growing_share) if self.growing_share else 1.0
-        most = self.first_num_objects + (self.max_num_objects - self.first_num_objects) * progress
-        return 1, int(most + 1e-9)
+        return 1, int(self._grown(self.first_num_objects, self.max_num_objects, batch) + 1e-9)
 
     def small_share(self, batch: int) -> float:
         """How often a picture has one tile only."""
-        progress = batch / self.num_batches
-        return self.first_small_share + (self.last_small_share - self.first_small_share) * progress
+        return self._grown(self.first_small_share, self.last_small_share, batch)
+
+    def _grown(self, first: float, last: float, batch: int) -> float:
+        progress = min(1.0, batch / self.num_batches / self.growing_share) if self.growing_share else 1.0
+        return first + (last - first) * progress
 
 
 class ViewBatches(Dataset[ViewBatch]):
@@ -157,8 +205,7 @@ class ViewBatches(Dataset[ViewBatch]):
             all_views = self.processor.image_transform.views(scene.draw(), grid, self.processor.image_size)
             chosen = [0] if grid == ONE_TILE else [0, rng.randint(1, grid.num_tiles)]
             views += [all_views[number] for number in chosen]
-            own = cells_of(self.processor, scene, grid)
-            cells.append(Cells(own.shape_ids[chosen], own.color_ids[chosen], own.boxes[chosen]))
+            cells.append(cells_of(self.processor, scene, grid, is_by_view=True).chosen(chosen))
         return ViewBatch(torch.stack(views), join_cells(cells))
 
 
@@ -169,7 +216,7 @@ class AnswerBatches(Dataset[AnswerBatch]):
         processor: nano's processor.
         curriculum: What to draw when.
         batch_size: Pictures a batch.
-        questions_a_picture: Questions asked of each picture, beside its description.
+        tokens_a_picture: Tokens of questions and answers for each picture; as many are asked as fit.
         split: Name of the stream of seeds.
     """
 
@@ -178,13 +225,13 @@ class AnswerBatches(Dataset[AnswerBatch]):
         processor: DeepseekVLV2Processor,
         curriculum: Curriculum,
         batch_size: int,
-        questions_a_picture: int,
+        tokens_a_picture: int,
         split: str = TRAIN_SPLIT,
     ) -> None:
         self.processor = processor
         self.curriculum = curriculum
         self.batch_size = batch_size
-        self.questions_a_picture = questions_a_picture
+        self.tokens_a_picture = tokens_a_picture
         self.split = split
 
     def __len__(self) -> int:
@@ -197,9 +244,9 @@ class AnswerBatches(Dataset[AnswerBatch]):
         rows: list[dict[str, Any]] = []
         while len(rows) < self.batch_size:
             scene = draw_scene(rng, self.processor, grid, self.curriculum.num_objects(index))
-            examples = list(ask(rng, scene, self.questions_a_picture))
-            if examples:
-                rows.append(encode_row(self.processor, scene, examples))
+            row = encode_row(self.processor, scene, ask(rng, scene), self.tokens_a_picture)
+            if max(row["segments"]) > 0:
+                rows.append(row)
         return collate(rows, self.processor.pad_id)
 
 
@@ -230,7 +277,7 @@ def _size_for(rng: random.Random, processor: DeepseekVLV2Processor, grid: TileGr
             return size
 
 
-def ask(rng: random.Random, scene: Scene, num_questions: int) -> Iterator[Example]:
+def ask(rng: random.Random, scene: Scene, num_questions: int = MAX_QUESTIONS) -> Iterator[Example]:
     """Asks a scene several questions, leaving out tasks that do not fit it."""
     if rng.random() < DESCRIBE_PROBABILITY:
         example = TASKS["describe"](rng, scene)
@@ -247,43 +294,140 @@ def ask(rng: random.Random, scene: Scene, num_questions: int) -> Iterator[Exampl
             yield example
 
 
-def cells_of(processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid) -> Cells:
-    """What each image token of each view of a scene should see."""
+def cells_of(processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, is_by_view: bool) -> Cells:
+    """What each image token of each view of a scene should see.
+
+    Args:
+        processor: nano's processor.
+        scene: The scene.
+        grid: Its tiles.
+        is_by_view: Whether boxes in tiles are parts of the tile, reaching beyond 0 and 1 where the object does: all
+            that the tower can know. Otherwise they are parts of the whole picture, as in global views.
+    """
     rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
     targets = dense_targets(scene, rectangles, processor.num_tokens_per_side, MIN_COVER)
-    pixels = targets.boxes[1:] * np.array(scene.size * 2)
-    origins = rectangles[1:, None, None, [0, 1, 0, 1]]
-    extents = (rectangles[1:, 2:] - rectangles[1:, :2])[:, None, None, [0, 1, 0, 1]]
-    boxes = np.concatenate([targets.boxes[:1], (pixels - origins) / extents]).astype(np.float32)
-    return Cells(torch.from_numpy(targets.shape_ids), torch.from_numpy(targets.color_ids), torch.from_numpy(boxes))
+    boxes = targets.boxes
+    if is_by_view:
+        pixels = boxes[1:] * np.array(scene.size * 2)
+        origins = rectangles[1:, None, None, [0, 1, 0, 1]]
+        extents = (rectangles[1:, 2:] - rectangles[1:, :2])[:, None, None, [0, 1, 0, 1]]
+        boxes = np.concatenate([boxes[:1], (pixels - origins) / extents]).astype(np.float32)
+    is_center = _centers(scene, rectangles, targets.presence)
+    arrays = (targets.presence, targets.shape_ids, targets.color_ids, is_center, boxes)
+    return Cells(*(torch.from_numpy(array) for array in arrays))
+
+
+def _centers(scene: Scene, rectangles: NDArray[np.float64], presence: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """See `Cells.is_center`; rectangles [V, 4] of the views in pixels, objects [V, G, G] that the cells see."""
+    middles = (np.arange(presence.shape[1]) + 0.5) / presence.shape[1]
+    x, y = (rectangles[:, [low]] + middles * (rectangles[:, [low + 2]] - rectangles[:, [low]]) for low in (0, 1))
+    is_center = np.zeros(presence.shape, bool)
+    for number, item in enumerate(scene.objects):
+        distances = (x[:, None] - item.center[0]) ** 2 + (y[:, :, None] - item.center[1]) ** 2  # [V, G, G]
+        distances = np.where(presence == number, distances, np.inf)
+        for views in (slice(0, 1), slice(1, None)):
+            nearest = distances[views].argmin()
+            is_center[views].reshape(-1)[nearest] |= np.isfinite(distances[views].flat[nearest])
+    return is_center
 
 
 def join_cells(cells: Sequence[Cells]) -> Cells:
     """Joins the cells of several pictures along their views."""
-    return Cells(
-        torch.cat([own.shape_ids for own in cells]),
-        torch.cat([own.color_ids for own in cells]),
-        torch.cat([own.boxes for own in cells]),
-    )
+    return Cells(*(torch.cat([getattr(own, field.name) for own in cells]) for field in fields(Cells)))
 
 
-def encode_row(processor: DeepseekVLV2Processor, scene: Scene, examples: Sequence[Example]) -> dict[str, Any]:
-    """Encodes a scene and questions about it as one row of a batch, see `AnswerBatch`."""
+def cell_places(grid: TileGrid, side: int) -> list[int]:
+    """Place of each cell of each view [V * side * side] among the image tokens of a picture."""
+    num_cells = grid.num_views * side**2
+    cells = torch.arange(num_cells).view(grid.num_views, side**2, 1)
+    no_cell = torch.tensor([-1])
+    order = arrange_views(cells, grid, newline=no_cell, separator=no_cell)[:, 0].tolist()
+    places = {cell: place for place, cell in enumerate(order)}
+    return [places[cell] for cell in range(num_cells)]
+
+
+def pointed_objects(processor: DeepseekVLV2Processor, example: Example, answer: Sequence[int]) -> list[list[int]]:
+    """For each token of an answer the objects of the scene that it is about; none for marks and repeated labels.
+
+    Args:
+        processor: nano's processor.
+        example: The question.
+        answer: The ids of its answer, the end of sentence included.
+    """
+    targets = [example.scene.objects.index(target) for target in example.targets]
+    if not example.boxes:
+        # A count, a colour or a shape is one token; every letter and digit of a text is about that text.
+        last = len(answer) - 1 if example.task == "read" else 1
+        return [targets if place < last else [] for place in range(len(answer))]
+    objects: list[list[int]] = []
+    num_boxes, is_label, is_box = 0, False, False
+    for token in processor.tokenizer.convert_ids_to_tokens(answer):
+        is_label = is_label and token != REF_END
+        # Where several objects share a label it was copied from the question.
+        is_about_one = (is_box and token.isdigit()) or (is_label and example.task == "describe")
+        objects.append([targets[num_boxes]] if is_about_one else [])
+        is_label = is_label or token == REF_START
+        is_box = (is_box or token == DET_START) and token != DET_END
+        num_boxes += token in BOX_ENDS
+    return objects
+
+
+def _shares(objects: Sequence[int], seen: Sequence[bool], is_count: bool) -> list[float] | None:
+    """Where attention should go, see `Pointings`; None for no object, or one that no image token sees."""
+    beginning = BEGINNING_SHARE if is_count else 0.0
+    total = beginning + len(objects)
+    if total == 0 or not all(seen[item] for item in objects):
+        return None
+    shares = [0.0] * len(seen)
+    for item in objects:
+        shares[item] = 1 / total
+    return [beginning / total, *shares]
+
+
+def encode_row(
+    processor: DeepseekVLV2Processor, scene: Scene, examples: Iterable[Example], max_tokens: int
+) -> dict[str, Any]:
+    """Encodes a scene and questions about it as one row of a batch, see `AnswerBatch`.
+
+    Args:
+        processor: nano's processor.
+        scene: The scene.
+        examples: The questions; those are left out that do not fit behind the ones before them.
+        max_tokens: Most tokens of questions and answers.
+    """
     beginning = processor.tokenize_with_images(BEGINNING, [scene.draw()], bos=True, eos=False)
+    grid = beginning.images_spatial_crop[0]
+    cells = cells_of(processor, scene, grid, is_by_view=False)
+    seen = [bool((cells.object_ids == index).any()) for index in range(len(scene.objects))]
     input_ids = list(beginning.input_ids)
     first = len(input_ids)
     labels = [IGNORE_ID] * first
     position_ids = list(range(first))
     segments = [0] * first
-    for number, example in enumerate(examples, start=1):
+    pointings: list[Pointing] = []
+    number = 0
+    for example in examples:
         question = processor.encode(f"\n{example.question}\n\n{ASSISTANT}:", bos=False)
         answer = processor.encode(example.answer, bos=False, eos=True)
         num_tokens = len(question) + len(answer)
+        if len(input_ids) - first + num_tokens > max_tokens:
+            continue
+        number += 1
+        # Attention of the token before brings together what a token is about.
+        start = len(input_ids) + len(question) - 1
+        own = []
+        for place, objects in enumerate(pointed_objects(processor, example, answer), start=start):
+            shares = _shares(objects, seen, is_count=example.task == "count" and place == start)
+            if shares is not None:
+                own.append((place, shares))
+        pointings += [
+            Pointing(place, shares, is_count=example.task == "count", weight=1 / len(own)) for place, shares in own
+        ]
         input_ids += question + answer
         labels += [IGNORE_ID] * len(question) + answer
         position_ids += range(first, first + num_tokens)
         segments += [number] * num_tokens
-    grid = beginning.images_spatial_crop[0]
+    first_image_token = beginning.images_seq_mask.index(True)
     return {
         "input_ids": input_ids,
         "labels": labels,
@@ -292,7 +436,9 @@ def encode_row(processor: DeepseekVLV2Processor, scene: Scene, examples: Sequenc
         "images_seq_mask": [*beginning.images_seq_mask, *[False] * (len(input_ids) - first)],
         "images": torch.stack(beginning.images),
         "images_spatial_crop": torch.tensor([list(grid)]),
-        "cells": cells_of(processor, scene, grid),
+        "cells": cells,
+        "cell_positions": [first_image_token + place for place in cell_places(grid, processor.num_tokens_per_side)],
+        "pointings": pointings,
     }
 
 
@@ -312,4 +458,22 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> AnswerBatch:
         images=torch.stack([row["images"] for row in rows]),
         images_spatial_crop=torch.stack([row["images_spatial_crop"] for row in rows]),
         cells=join_cells([row["cells"] for row in rows]),
+        cell_positions=torch.tensor([row["cell_positions"] for row in rows]),
+        pointings=_join_pointings([row["pointings"] for row in rows]),
+    )
+
+
+def _join_pointings(of_rows: Sequence[Sequence[Pointing]]) -> Pointings:
+    """Joins the pointings of rows; scenes of fewer objects get shares of 0."""
+    joined = [pointing for pointings in of_rows for pointing in pointings]
+    shares = torch.zeros(len(joined), max((len(own.shares) for own in joined), default=1))
+    for number, own in enumerate(joined):
+        shares[number, : len(own.shares)] = torch.tensor(own.shares)
+    rows = [row for row, pointings in enumerate(of_rows) for _ in pointings]
+    return Pointings(
+        rows=torch.tensor(rows, dtype=torch.long),
+        positions=torch.tensor([own.position for own in joined], dtype=torch.long),
+        shares=shares,
+        is_count=torch.tensor([own.is_count for own in joined], dtype=torch.bool),
+        weights=torch.tensor([own.weight for own in joined]),
     )

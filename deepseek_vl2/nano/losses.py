@@ -1,8 +1,14 @@
 """What nano learns from: answers, and what each image token sees."""
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from deepseek_vl2.models.special_tokens import DET_END, DET_START
 from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, Cells
@@ -12,6 +18,11 @@ from deepseek_vl2.serve.grounding import COORDINATE_MAX
 
 # Coordinates say which object is meant; the label and the marks around them are soon known.
 COORDINATE_WEIGHT = 4.0
+# After the first of these layers image tokens should know their whole object; the next one looks for what is asked for.
+READING_LAYER = 1
+POINTING_LAYER = 2
+NUM_POINTING_HEADS = 2
+ATTENTION_NAME = "nano_pointing"
 
 
 class NumberTargets(nn.Module):
@@ -23,26 +34,30 @@ class NumberTargets(nn.Module):
         spread: Standard deviation of the bell.
     """
 
-    bells: torch.Tensor
-    entropies: torch.Tensor
+    bell: torch.Tensor
+    offsets: torch.Tensor
     number_ids: torch.Tensor
     number_of_id: torch.Tensor
 
     def __init__(self, number_ids: list[int], vocab_size: int, spread: float) -> None:
         super().__init__()
-        numbers = torch.arange(len(number_ids), dtype=torch.float32)
-        bells = torch.exp(-0.5 * ((numbers[:, None] - numbers) / spread) ** 2)
-        bells = bells / bells.sum(dim=1, keepdim=True)
+        # Beyond four deviations nothing is left of a bell.
+        offsets = torch.arange(-math.ceil(4 * spread), math.ceil(4 * spread) + 1)
         number_of_id = torch.full((vocab_size,), -1)
         number_of_id[number_ids] = torch.arange(len(number_ids))
-        self.register_buffer("bells", bells)
-        self.register_buffer("entropies", -torch.special.xlogy(bells, bells).sum(dim=1))
+        self.register_buffer("bell", torch.exp(-0.5 * (offsets / spread) ** 2))
+        self.register_buffer("offsets", offsets)
         self.register_buffer("number_ids", torch.tensor(number_ids))
         self.register_buffer("number_of_id", number_of_id)
 
     def divergence(self, log_probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Divergence from the bells around numbers [N] to log probabilities of all numbers [N, 1000]; 0 at best."""
-        return -(self.bells[numbers] * log_probabilities).sum(dim=1) - self.entropies[numbers]
+        near = numbers[:, None] + self.offsets
+        last = log_probabilities.shape[1] - 1
+        bells = self.bell * ((near >= 0) & (near <= last))
+        bells = bells / bells.sum(dim=1, keepdim=True)
+        found = log_probabilities.gather(1, near.clamp(0, last))
+        return (torch.special.xlogy(bells, bells) - bells * found).sum(dim=1)
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
@@ -101,7 +116,7 @@ def question_weights(questions: torch.Tensor, is_coordinate: torch.Tensor) -> to
 
 
 class DenseHeads(nn.Module):
-    """Reads off each image token what it sees: class, colour and box. Only used in training.
+    """Reads off each image token what it sees: class, colour, box, and if it is the object's middle. Only for training.
 
     Every token of every view is told its part this way, where answers alone tell little about single tokens. Boxes are
     read through the language model's own rows for numbers, in which it will have to write them.
@@ -112,11 +127,11 @@ class DenseHeads(nn.Module):
         self.targets = targets
         self.shape = nn.Linear(width, len(CELL_CLASSES) + 1)
         self.color = nn.Linear(width, len(COLOR_NAMES))
+        self.center = nn.Linear(width, 1)
         self.box = nn.Linear(width, 4 * width)
 
     def forward(self, tokens: torch.Tensor, cells: Cells, output_layer: nn.Linear) -> dict[str, torch.Tensor]:
-        """Losses of image tokens [V, G*G, D]; 0 for colours and boxes where no token sees an object."""
-        tokens = tokens.flatten(0, 1)
+        """Losses of image tokens [N, D], N cells in all; 0 for colours and boxes where no token sees an object."""
         shape_ids, color_ids = cells.shape_ids.flatten(), cells.color_ids.flatten()
         is_object, has_color = shape_ids >= 0, color_ids >= 0
         shape_targets = shape_ids.where(is_object, len(CELL_CLASSES))
@@ -124,6 +139,9 @@ class DenseHeads(nn.Module):
         rows = F.normalize(output_layer.weight[self.targets.number_ids].float(), dim=-1)
         read = self.box(tokens[is_object]).unflatten(-1, (4, -1)).flatten(0, 1)
         log_probabilities = (read.float() @ rows.T).log_softmax(dim=-1)
+        is_center = cells.is_center.flatten()[is_object].float()
+        centers = self.center(tokens[is_object])[:, 0].float()
+        center_losses = F.binary_cross_entropy_with_logits(centers, is_center, reduction="none")
         # As in `_mean`: the sum over none is 0.
         reduction = "mean" if has_color.any() else "sum"
         return {
@@ -131,5 +149,73 @@ class DenseHeads(nn.Module):
             "dense_color": F.cross_entropy(
                 self.color(tokens[has_color]).float(), color_ids[has_color], reduction=reduction
             ),
+            "dense_center": center_losses.sum() / is_center.sum().clamp(min=1),
             "dense_box": _mean(self.targets.divergence(log_probabilities, numbers)),
         }
+
+
+class PointingLoss:
+    """Tells attention which objects the next token is about: the way from a label to its object is hardly found else.
+
+    Without it the model learns what boxes there are long before it learns whose box was asked for. An instance belongs
+    to one batch; pass it as keyword `pointing` to the language model, whose attention is `ATTENTION_NAME`.
+
+    Args:
+        batch: The batch.
+    """
+
+    def __init__(self, batch: AnswerBatch) -> None:
+        self.batch = batch
+        self.value: torch.Tensor | None = None
+
+    def read(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
+        """Takes queries and keys [B, H, T, d] of a layer and computes the loss of its first heads."""
+        pointings = self.batch.pointings
+        scores = (query[:, :NUM_POINTING_HEADS] @ key[:, :NUM_POINTING_HEADS].mT)[
+            pointings.rows, :, pointings.positions
+        ]
+        is_visible = mask[pointings.rows, :, pointings.positions]
+        scores = (scores.float() * scaling).masked_fill(~is_visible, -torch.inf)
+        attention = scores.softmax(dim=-1)  # [P, h, T]
+        object_ids, is_center = (
+            cells.view(len(self.batch.input_ids), -1, cells.shape[-1] ** 2)[pointings.rows]  # [P, V, G * G]
+            for cells in (self.batch.cells.object_ids, self.batch.cells.is_center)
+        )
+        # Only one cell of each object counts; the tiles show more of small ones than the global view.
+        is_uncounted = ~is_center
+        is_uncounted[:, 0] = True
+        object_ids = object_ids.masked_fill(pointings.is_count[:, None, None] & is_uncounted, -1).flatten(1)
+        of_cells = attention.gather(2, self._as_heads(self.batch.cell_positions[pointings.rows]))
+        # Column 0 takes cells without an object first, then the share of the first token.
+        width = pointings.shares.shape[1]
+        masses = torch.zeros(*attention.shape[:2], width)
+        masses = masses.scatter_add(2, self._as_heads((object_ids + 1).clamp(max=width - 1)), of_cells)
+        masses = torch.cat((attention[..., :1], masses[..., 1:]), dim=-1)
+        losses = torch.special.xlogy(pointings.shares, pointings.shares).sum(-1)[:, None] - (
+            pointings.shares[:, None] * (masses + 1e-6).log()
+        ).sum(-1)
+        weights = pointings.weights / pointings.weights.sum().clamp(min=1e-6)
+        self.value = (losses.mean(dim=1) * weights).sum()
+
+    @staticmethod
+    def _as_heads(values: torch.Tensor) -> torch.Tensor:
+        return values[:, None].expand(-1, NUM_POINTING_HEADS, -1)
+
+
+def pointing_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    pointing: PointingLoss | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's attention, which lets a `PointingLoss` see the queries and keys of one layer."""
+    if pointing is not None and module.layer_idx == POINTING_LAYER:
+        pointing.read(query, key, attention_mask, module.scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, pointing_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

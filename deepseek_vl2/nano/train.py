@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
-from deepseek_vl2.nano.losses import AnswerLoss, DenseHeads, NumberTargets
+from deepseek_vl2.nano.losses import (
+    ATTENTION_NAME,
+    READING_LAYER,
+    AnswerLoss,
+    DenseHeads,
+    NumberTargets,
+    PointingLoss,
+)
 from deepseek_vl2.nano.muon import Muon
 from deepseek_vl2.nano.questions import TRAIN_SPLIT
 from deepseek_vl2.nano.tokenizer import number_token_ids
@@ -64,8 +71,9 @@ class TrainingSettings:
         views: Tower and projector learn what each image token of single views sees.
         answers: Projector and language model learn answers, the tower is fixed.
         together: Everything learns answers.
-        questions_a_picture: Questions asked of each picture, beside its description.
+        tokens_a_picture: Tokens of questions and answers for each picture.
         dense_weight: Weight of the loss on what each image token sees, beside that of answers.
+        pointing_weight: Weight of the loss on where attention goes.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
         weight_decay: Of matrices.
         clip_norm: Largest norm of all gradients together.
@@ -75,12 +83,11 @@ class TrainingSettings:
     """
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
-    answers: StageSettings = field(
-        default_factory=lambda: StageSettings(1200, 32, 3e-3, 2e-3, decay_share=0.3, last_factor=0.3)
-    )
-    together: StageSettings = field(default_factory=lambda: StageSettings(600, 32, 1e-3, 6e-4, decay_share=0.9))
-    questions_a_picture: int = 6
+    answers: StageSettings = field(default_factory=lambda: StageSettings(1800, 32, 3e-3, 2e-3, last_factor=1.0))
+    together: StageSettings = field(default_factory=lambda: StageSettings(2400, 32, 2.4e-3, 1.6e-3, decay_share=0.85))
+    tokens_a_picture: int = 128
     dense_weight: float = 0.3
+    pointing_weight: float = 0.5
     coordinate_spread: float = 6.0
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -118,9 +125,11 @@ class NanoTrainer:
         self.model.vision.attn_implementation = "eager"
         targets = NumberTargets(number_token_ids(tokenizer), len(tokenizer), settings.coordinate_spread)
         self.answer_loss = AnswerLoss.for_tokenizer(targets, tokenizer)
-        self.heads = DenseHeads(self.model.config.projector_config.n_embed, targets)
-        self.image_tokens: torch.Tensor | None = None
-        self.model.projector.register_forward_hook(self._keep_image_tokens)
+        width = self.model.config.projector_config.n_embed
+        self.heads = nn.ModuleDict({"views": DenseHeads(width, targets), "scenes": DenseHeads(width, targets)})
+        self.model.language.set_attn_implementation(ATTENTION_NAME)
+        self.read_states: torch.Tensor | None = None
+        self.model.language.model.layers[READING_LAYER].register_forward_hook(self._keep_states)
         self.stage_index = 0
         self.next_batch = 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -135,8 +144,8 @@ class NanoTrainer:
         """Numbers of the present stage."""
         return getattr(self.settings, self.stage)
 
-    def _keep_image_tokens(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.image_tokens = output
+    def _keep_states(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.read_states = output
 
     def _enter_stage(self) -> None:
         """Sets what learns, with fresh optimisers."""
@@ -166,25 +175,28 @@ class NanoTrainer:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if isinstance(batch, ViewBatch):
                 tokens = self.model.projector(self.model.vision(batch.views))
-                return self.heads(tokens, batch.cells, output_layer)
-            embeds = self._embed(batch)
+                return self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer)
+            pointing = PointingLoss(batch)
             hidden = self.model.language.model(
-                inputs_embeds=embeds,
+                inputs_embeds=self.model.prepare_inputs_embeds(
+                    batch.input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop
+                ),
                 attention_mask=batch.attention_mask(),
                 position_ids=batch.position_ids,
                 use_cache=False,
+                pointing=pointing,
             ).last_hidden_state
-            dense = self.heads(self.image_tokens, batch.cells, output_layer)
-            return self.answer_loss(hidden, output_layer, batch) | dense
-
-    def _embed(self, batch: AnswerBatch) -> torch.Tensor:
-        return self.model.prepare_inputs_embeds(
-            batch.input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop
-        )
+            rows = torch.arange(len(batch.input_ids))[:, None]
+            of_cells: Any = self.read_states[rows, batch.cell_positions]  # type: ignore[index]
+            dense = self.heads["scenes"](of_cells.flatten(0, 1), batch.cells, output_layer)
+            return self.answer_loss(hidden, output_layer, batch) | dense | {"pointing": pointing.value}
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        dense = losses["dense_shape"] + losses["dense_color"] + losses["dense_box"]
-        return losses["answer"] + self.settings.dense_weight * dense if "answer" in losses else dense
+        dense = sum((loss for name, loss in losses.items() if name.startswith("dense_")), torch.zeros(()))
+        if "answer" not in losses:
+            return dense
+        settings = self.settings
+        return losses["answer"] + settings.dense_weight * dense + settings.pointing_weight * losses["pointing"]
 
     def step(self, batch: ViewBatch | AnswerBatch) -> dict[str, float]:
         """Learns from one batch; returns its losses and the norm of the gradients."""
@@ -254,14 +266,12 @@ class NanoTrainer:
         else:
             curriculum = Curriculum(settings.num_batches)
             if self.stage == "together":
-                curriculum = Curriculum(
-                    settings.num_batches, growing_share=0.0, first_num_objects=6, first_small_share=0.3
-                )
+                curriculum = Curriculum(settings.num_batches, growing_share=0.0)
             dataset = AnswerBatches(
                 self.processor,
                 curriculum,
                 settings.batch_size,
-                self.settings.questions_a_picture,
+                self.settings.tokens_a_picture,
                 split=f"{TRAIN_SPLIT}-{self.stage}",
             )
         order = range(self.next_batch, settings.num_batches)

@@ -1,14 +1,26 @@
 """nano's losses, against torch's own and by what must make them smallest."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from deepseek_vl2.models.special_tokens import DET_END, DET_START
-from deepseek_vl2.nano.architecture import nano_processor
-from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, Cells
-from deepseek_vl2.nano.losses import COORDINATE_WEIGHT, AnswerLoss, DenseHeads, NumberTargets, question_weights
+from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
+from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, AnswerBatches, Cells, Curriculum, Pointings
+from deepseek_vl2.nano.losses import (
+    ATTENTION_NAME,
+    COORDINATE_WEIGHT,
+    NUM_POINTING_HEADS,
+    POINTING_LAYER,
+    AnswerLoss,
+    DenseHeads,
+    NumberTargets,
+    PointingLoss,
+    question_weights,
+)
 from deepseek_vl2.nano.questions import CELL_CLASSES
 from deepseek_vl2.nano.scenes import COLOR_NAMES
 from deepseek_vl2.nano.tokenizer import number_token_ids
@@ -35,8 +47,9 @@ def batch_of(input_ids, labels, segments=None):
     """A batch of which the loss reads ids, labels and segments only; one question a row if no segments are given."""
     ids, nothing = torch.tensor(input_ids), torch.empty(0)
     questions = torch.ones_like(ids) if segments is None else torch.tensor(segments)
-    cells = Cells(nothing, nothing, nothing)
-    return AnswerBatch(ids, torch.tensor(labels), ids, questions, ids, nothing, nothing, cells)
+    cells = Cells(nothing, nothing, nothing, nothing, nothing)
+    pointings = Pointings(nothing, nothing, nothing, nothing, nothing)
+    return AnswerBatch(ids, torch.tensor(labels), ids, questions, ids, nothing, nothing, cells, nothing, pointings)
 
 
 def number(value):
@@ -53,7 +66,7 @@ def test_divergence_is_nothing_at_the_bell_and_grows_with_distance(targets, valu
         log_bell = torch.log_softmax(-((torch.arange(1000.0) - center) ** 2) / (2 * SPREAD**2), dim=0)
         return targets.divergence(log_bell[None], torch.tensor([value])).item()
 
-    assert divergence(value) == pytest.approx(0, abs=1e-5)
+    assert divergence(value) == pytest.approx(0, abs=1e-4)  # 6e-5 of a bell lies beyond four deviations
     step = 1 if value < 500 else -1
     distances = [divergence(value + step * distance) for distance in (0, 1, 3, 10, 30, 100)]
     assert distances == sorted(distances)
@@ -178,7 +191,8 @@ def cells_with_objects():
     boxes[0, 0, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     boxes[0, 1, 0] = torch.tensor([0.0, 0.5, 1.0, 0.9])
     boxes[1, 1, 1] = torch.tensor([-0.5, 0.25, 1.5, 0.75])  # reaches beyond its tile
-    return Cells(shape_ids, color_ids, boxes)
+    is_center = torch.tensor([[[True, False], [False, False]], [[False, False], [False, True]]])
+    return Cells(shape_ids, shape_ids, color_ids, is_center, boxes)
 
 
 def perfect_heads(cells, targets):
@@ -188,12 +202,13 @@ def perfect_heads(cells, targets):
     shape_ids, color_ids = cells.shape_ids.flatten(), cells.color_ids.flatten()
     sharp = 30.0
     with torch.no_grad():
-        for head in (heads.shape, heads.color):
+        for head in (heads.shape, heads.color, heads.center):
             head.weight.zero_(), head.bias.zero_()
+        heads.center.weight[0] = (cells.is_center.flatten().float() * 2 - 1) * sharp
         heads.shape.weight[shape_ids.where(shape_ids >= 0, len(CELL_CLASSES)), torch.arange(width)] = sharp
         seen = color_ids >= 0
         heads.color.weight[color_ids[seen], torch.arange(width)[seen]] = sharp
-    return heads, torch.eye(width).view(2, 4, width)
+    return heads, torch.eye(width)
 
 
 def test_perfect_heads_lose_nothing(targets):
@@ -203,9 +218,12 @@ def test_perfect_heads_lose_nothing(targets):
     losses = heads(tokens, cells, layer)
     assert losses["dense_shape"].item() == pytest.approx(0, abs=1e-5)
     assert losses["dense_color"].item() == pytest.approx(0, abs=1e-5)
-    wrong = Cells(cells.shape_ids.flip(0), cells.color_ids.flip(0), cells.boxes)
+    assert losses["dense_center"].item() == pytest.approx(0, abs=1e-5)
+    wrong = replace(cells, shape_ids=cells.shape_ids.flip(0), color_ids=cells.color_ids.flip(0))
     assert heads(tokens, wrong, layer)["dense_shape"] > 5
     assert heads(tokens, wrong, layer)["dense_color"] > 2
+    elsewhere = replace(cells, is_center=~cells.is_center)
+    assert heads(tokens, elsewhere, layer)["dense_center"] > 5
 
 
 def test_boxes_are_read_through_the_rows_of_numbers(targets):
@@ -231,10 +249,10 @@ def test_boxes_are_read_through_the_rows_of_numbers(targets):
         tokens = torch.zeros(8, width)
         tokens[is_object] = torch.eye(width)[:3]
         heads.box.weight[:, :3] = directions.flatten(1).T
-    right = heads(tokens.view(2, 4, width), cells, layer)["dense_box"]
+    right = heads(tokens, cells, layer)["dense_box"]
     assert right.item() == pytest.approx(0, abs=0.02)
-    swapped = Cells(cells.shape_ids, cells.color_ids, cells.boxes[..., [1, 0, 3, 2]])
-    assert heads(tokens.view(2, 4, width), swapped, layer)["dense_box"] > 10
+    swapped = replace(cells, boxes=cells.boxes[..., [1, 0, 3, 2]])
+    assert heads(tokens, swapped, layer)["dense_box"] > 10
 
 
 @pytest.mark.parametrize("has_objects", [True, False])
@@ -242,12 +260,13 @@ def test_gradients_of_dense_heads_are_finite(targets, has_objects):
     """A batch without any object must not spoil the weights."""
     cells = cells_with_objects()
     if not has_objects:
-        cells = Cells(torch.full_like(cells.shape_ids, -1), torch.full_like(cells.color_ids, -1), cells.boxes)
+        nothing = torch.full_like(cells.shape_ids, -1)
+        cells = replace(cells, shape_ids=nothing, color_ids=nothing)
     torch.manual_seed(2)
     heads, layer = DenseHeads(WIDTH, targets), random_layer()
-    tokens = torch.randn(2, 4, WIDTH, requires_grad=True)
+    tokens = torch.randn(8, WIDTH, requires_grad=True)
     losses = heads(tokens, cells, layer)
-    assert set(losses) == {"dense_shape", "dense_color", "dense_box"}
+    assert set(losses) == {"dense_shape", "dense_color", "dense_center", "dense_box"}
     sum(losses.values()).backward()
     for name, parameter in (*heads.named_parameters(), ("layer", layer.weight), ("tokens", tokens)):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -259,7 +278,120 @@ def test_words_in_pictures_have_no_colour_to_learn(targets):
     cells = cells_with_objects()
     heads = DenseHeads(WIDTH, targets)
     assert heads.color.out_features == len(COLOR_NAMES)
-    tokens = torch.randn(2, 4, WIDTH, requires_grad=True)
+    tokens = torch.randn(8, WIDTH, requires_grad=True)
     heads(tokens, cells, random_layer())["dense_color"].backward()
-    has_color = (tokens.grad.abs().sum(dim=-1) > 0).flatten()
+    has_color = tokens.grad.abs().sum(dim=-1) > 0
     assert has_color.tolist() == (cells.color_ids.flatten() >= 0).tolist()
+
+
+NUM_TOKENS = 6
+CELL_POSITIONS = [1, 2, 4, 5]
+
+
+def pointing_batch(shares, is_count=False, positions=(5,), weights=(1.0,)):
+    """One row of six tokens: the first, the cell of the global view, one tile's, a newline, two more tiles' cells.
+
+    The second object fills two tiles and has its middle in the first of them.
+    """
+    nothing = torch.empty(0)
+    object_ids = torch.tensor([0, 1, 1, 0]).view(4, 1, 1)
+    is_center = torch.tensor([True, True, False, True]).view(4, 1, 1)
+    cells = Cells(object_ids, nothing, nothing, is_center, nothing)
+    pointings = Pointings(
+        torch.zeros(len(positions), dtype=torch.long),
+        torch.tensor(positions, dtype=torch.long),
+        torch.tensor(shares).view(-1, 3),
+        torch.full((len(positions),), is_count),
+        torch.tensor(weights),
+    )
+    ids = torch.zeros(1, NUM_TOKENS, dtype=torch.long)
+    places = torch.tensor([CELL_POSITIONS])
+    return AnswerBatch(ids, ids, ids, ids, ids, nothing, nothing, cells, places, pointings)
+
+
+def pointing_loss(batch, attention, mask=None):
+    """The loss where each token of one row attends by `attention` [T] in all heads that point."""
+    loss = PointingLoss(batch)
+    heads = NUM_POINTING_HEADS + 1  # the last one is free
+    key = torch.eye(NUM_TOKENS).expand(1, heads, -1, -1)
+    query = attention.log().expand(1, heads, NUM_TOKENS, -1).clone()
+    query[:, -1] = torch.randn(NUM_TOKENS, NUM_TOKENS)
+    scaling = 0.5
+    visible = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool) if mask is None else mask
+    loss.read(query / scaling, key, visible, scaling)
+    return loss.value
+
+
+def test_pointing_costs_the_divergence_from_the_shares():
+    attention = torch.tensor([0.5, 0.1, 0.05, 0.15, 0.1, 0.1])
+    expected = 0.6 * torch.tensor(0.6 / 0.5).log() + 0.2 * torch.tensor(0.2 / 0.2).log()
+    expected += 0.2 * torch.tensor(0.2 / 0.15).log()  # of two cells together
+    batch = pointing_batch([[0.6, 0.2, 0.2]])
+    torch.testing.assert_close(pointing_loss(batch, attention), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_middles_in_tiles_count():
+    attention = torch.tensor([0.6, 0.0, 0.2, 0.0, 0.0, 0.2]) + 1e-9
+    assert pointing_loss(pointing_batch([[0.6, 0.2, 0.2]], is_count=True), attention).item() == pytest.approx(
+        0, abs=1e-4
+    )
+    for elsewhere in ([0.6, 0.2, 0.2, 0.0, 0.0, 0.0], [0.6, 0.0, 0.0, 0.0, 0.2, 0.2]):
+        attention = torch.tensor(elsewhere) + 1e-9
+        assert pointing_loss(pointing_batch([[0.6, 0.2, 0.2]]), attention).item() == pytest.approx(0, abs=1e-4)
+        assert pointing_loss(pointing_batch([[0.6, 0.2, 0.2]], is_count=True), attention) > 1
+
+
+@pytest.mark.parametrize("split", [0.05, 0.2, 0.39])
+def test_attention_may_choose_among_the_cells_of_an_object(split):
+    attention = torch.tensor([0.6, 0.0, split, 0.0, 0.4 - split, 0.0]) + 1e-9
+    assert pointing_loss(pointing_batch([[0.6, 0.0, 0.4]]), attention).item() == pytest.approx(0, abs=1e-4)
+    assert pointing_loss(pointing_batch([[0.6, 0.4, 0.0]]), attention) > 1
+
+
+def test_what_is_hidden_gets_no_attention():
+    attention = torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1, 0.1])
+    mask = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool)
+    mask[..., 2:] = False
+    batch = pointing_batch([[0.5, 0.5, 0.0]])
+    assert pointing_loss(batch, attention, mask).item() == pytest.approx(0, abs=1e-4)
+    assert pointing_loss(batch, attention) > 0.1
+
+
+def test_pointings_are_weighted():
+    attention = torch.tensor([0.5, 0.1, 0.05, 0.15, 0.1, 0.1])
+    shares = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    each = [pointing_loss(pointing_batch([own]), attention) for own in shares]
+    weights = (1.0, 0.25, 0.75)
+    found = pointing_loss(pointing_batch(shares, positions=(3, 4, 5), weights=weights), attention)
+    expected = sum(weight * own for weight, own in zip(weights, each, strict=True)) / sum(weights)
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_pointings_cost_nothing():
+    batch = pointing_batch(shares=[], positions=(), weights=())
+    assert pointing_loss(batch, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)).item() == 0
+
+
+def test_the_attention_that_points_is_torchs_and_moves_one_layer():
+    """Same hidden states as `sdpa`; gradients of the pointing loss reach that layer's queries and those before."""
+    processor = nano_processor()
+    model = untrained_nano(processor.tokenizer, seed=3).language.model
+    curriculum = Curriculum(1, growing_share=0.0, last_small_share=1.0)
+    batch = AnswerBatches(processor, curriculum, batch_size=2, tokens_a_picture=60)[0]
+    options = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask(),
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    plain = model(**options).last_hidden_state
+    model.set_attn_implementation(ATTENTION_NAME)
+    torch.testing.assert_close(model(**options).last_hidden_state, plain)
+    pointing = PointingLoss(batch)
+    torch.testing.assert_close(model(**options, pointing=pointing).last_hidden_state, plain)
+    assert pointing.value > 0.5
+    pointing.value.backward()
+    has_gradient = [layer.self_attn.q_proj.weight.grad is not None for layer in model.layers]
+    assert has_gradient == [number <= POINTING_LAYER for number in range(len(model.layers))]
+    own = model.layers[POINTING_LAYER].self_attn.q_proj.weight.grad.unflatten(0, (6, -1)).abs().sum(dim=(1, 2))
+    assert (own > 0).tolist() == [True] * NUM_POINTING_HEADS + [False] * (6 - NUM_POINTING_HEADS)

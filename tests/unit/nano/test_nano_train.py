@@ -20,9 +20,9 @@ from deepseek_vl2.nano.train import STAGES, NanoTrainer, StageSettings, Training
 
 NUM_BATCHES = 3
 LOSSES = {
-    "views": {"dense_shape", "dense_color", "dense_box"},
-    "answers": {"answer", "words", "coordinates", "dense_shape", "dense_color", "dense_box"},
+    "views": {"dense_shape", "dense_color", "dense_center", "dense_box"},
 }
+LOSSES["answers"] = LOSSES["views"] | {"answer", "words", "coordinates", "pointing"}
 LOSSES["together"] = LOSSES["answers"]
 
 
@@ -33,7 +33,7 @@ class StoppedError(Exception):
 def small_settings(**changes):
     settings = TrainingSettings().scaled(0.0001)
     stages = {name: replace(getattr(settings, name), num_batches=NUM_BATCHES, batch_size=4) for name in STAGES}
-    small = {**stages, "questions_a_picture": 2, "num_threads": 1, "save_every": 2}
+    small = {**stages, "tokens_a_picture": 60, "num_threads": 1, "save_every": 2}
     return replace(settings, **(small | changes))
 
 
