@@ -47,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model_path", default="nano", help="'nano' (bundled), a checkpoint folder or a name on the hub; default: nano"
     )
+    parser.add_argument("--adapter", metavar="FOLDER", help="what fine-tuning made of that model with LoRA")
     parser.add_argument("--image", nargs="+", action="extend", metavar="PICTURE", help="paths or addresses of pictures")
     parser.add_argument(
         "--prompt", help=f"the question; {IMAGE} marks the places of the pictures, which stand in front otherwise"
@@ -164,7 +165,9 @@ def answer(arguments: argparse.Namespace) -> None:
         )
     conversation = build_conversation(arguments.prompt, arguments.image)
     picture = (conversation[0]["images"] or [None])[-1]
-    tokenizer, model, processor = load_model(arguments.model_path, arguments.dtype, device=arguments.device)
+    tokenizer, model, processor = load_model(
+        arguments.model_path, arguments.dtype, device=arguments.device, adapter=arguments.adapter
+    )
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     start = time.perf_counter()

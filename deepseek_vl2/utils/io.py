@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
+from deepseek_vl2.utils.adapter import check_adapter, merge_adapter
 from deepseek_vl2.utils.pictures import load_image, load_pil_images
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def load_pretrained_model(
     path: str | os.PathLike[str],
     dtype: str | torch.dtype = torch.bfloat16,
     device: str | torch.device = "auto",
+    adapter: str | os.PathLike[str] | None = None,
     **model_options: Any,
 ) -> LoadedModel:
     """Load a model for inference, with its processor and tokenizer.
@@ -154,6 +156,7 @@ def load_pretrained_model(
         path: see `resolve_model_path`. A hub name is downloaded once, then read from the cache.
         dtype: see `resolve_dtype`.
         device: see `resolve_device`. Leave it at `"auto"` when a `device_map` is among the options.
+        adapter: folder of an adapter that was trained on this model; it is merged into the weights.
         model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Returns:
@@ -162,11 +165,15 @@ def load_pretrained_model(
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ConnectionError: the hub cannot be reached and the model is not in the cache.
-        ValueError: a device or dtype that does not fit, or a checkpoint that does not fit the model or tokenizer.
+        ValueError: a device or dtype that does not fit, or a checkpoint or adapter that does not fit the model or
+            tokenizer.
+        ImportError: an adapter is given and peft is not installed.
     """
     from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
     torch_dtype = resolve_dtype(dtype)
+    if adapter is not None:
+        check_adapter(adapter)
     model_options["device_map"] = _device_map(device, model_options)
     folder = _checkpoint_folder(resolve_model_path(path))
     processor = DeepseekVLV2Processor.from_pretrained(folder)
@@ -186,6 +193,8 @@ def load_pretrained_model(
         raise ValueError(f"the weights in {folder} are broken or cut off: {error}") from error
     model, info = loaded
     _check_loading(info, folder)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
     return LoadedModel(processor.tokenizer, processor, model.eval())
 
 

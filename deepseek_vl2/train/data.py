@@ -1,0 +1,252 @@
+"""Conversations to learn from: read from JSON lines, checked, encoded.
+
+A line holds `{"conversations": [{"role": ..., "content": ..., "images": [...]}, ...]}` (or `"messages"`), in the forms
+that the processor understands. Paths of pictures are relative to the file.
+"""
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.models.chat_format import Speaker, content_text, is_picture_part, speaker_of
+from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
+from deepseek_vl2.models.processor_inputs import check_messages
+from deepseek_vl2.serve.grounding import read_grounding
+from deepseek_vl2.utils.io import load_pil_images
+
+logger = logging.getLogger(__name__)
+
+MAX_SHOWN_PROBLEMS = 20
+CONVERSATION_KEYS = ("conversations", "messages")
+_SOURCE_KEYS = ("image_url", "image", "url", "path")
+# Two letters at least: C: is a drive.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation to learn from.
+
+    Attributes:
+        source: file and line, for messages.
+        messages: as the processor takes them; pictures by full path or address.
+    """
+
+    source: str
+    messages: list[dict[str, Any]]
+
+
+class ConversationEncoder:
+    """Encodes conversations with the processor's own labels: answers and their end-of-sentence tokens only.
+
+    Args:
+        processor: of the model. It is not changed: published ones learn questions too unless told not to.
+        max_tokens: positions of the model.
+    """
+
+    def __init__(self, processor: DeepseekVLV2Processor, max_tokens: int) -> None:
+        self.processor = copy.copy(processor)
+        self.processor.mask_prompt = True
+        self.max_tokens = max_tokens
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> VLChatProcessorOutput:
+        """Encodes one conversation.
+
+        Raises:
+            ValueError: the processor refuses it, or it has more tokens than the model has positions.
+            OSError: a picture cannot be read.
+        """
+        images = load_pil_images(messages)
+        encoded = self.processor.process_one(conversations=messages, images=images, inference_mode=False)
+        if len(encoded) > self.max_tokens:
+            raise ValueError(f"the conversation has {len(encoded)} tokens, the model takes {self.max_tokens}")
+        return encoded
+
+
+class ConversationDataset(Dataset[VLChatProcessorOutput]):
+    """Samples, encoded when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], encoder: ConversationEncoder) -> None:
+        self.samples = samples
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> VLChatProcessorOutput:
+        sample = self.samples[index]
+        try:
+            return self.encoder(sample.messages)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{sample.source}: {_one_line(error)}") from error
+
+
+def read_samples(
+    path: Path, encoder: ConversationEncoder, skip_bad: bool = False, check_samples: bool = True
+) -> list[Sample]:
+    """Reads and checks a file of conversations. Empty lines count for nothing.
+
+    Args:
+        path: JSON lines, UTF-8.
+        encoder: encodes them later, and here for the check.
+        skip_bad: whether to go on without the bad lines, which are logged.
+        check_samples: whether to encode each conversation once. Without it only form, answers, boxes and the presence
+            of pictures are checked.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is bad (all are named, with reasons and their number), or no line can be used.
+    """
+    samples: list[Sample] = []
+    problems: list[str] = []
+    with path.open("rb") as file, tqdm(total=path.stat().st_size, desc=f"Read {path.name}", unit="B") as bar:
+        for number, line in enumerate(file, start=1):
+            bar.update(len(line))
+            if not line.strip():
+                continue
+            sample = f"{path}:{number}"
+            try:
+                samples.append(Sample(sample, parse_line(line, path.parent, encoder.processor)))
+                if check_samples:
+                    encoder(samples[-1].messages)
+            except (ValueError, OSError) as error:
+                if samples and samples[-1].source == sample:
+                    samples.pop()
+                problems.append(f"{sample}: {_one_line(error)}")
+    total = len(samples) + len(problems)
+    if not total:
+        raise ValueError(f"{path} is empty: it holds no conversations")
+    if problems:
+        _report(path, problems, total, skip_bad and bool(samples))
+    return samples
+
+
+def _report(path: Path, problems: list[str], total: int, can_go_on: bool) -> None:
+    shown = problems[:MAX_SHOWN_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    count = f"{len(problems)} of {total} lines of {path} cannot be used"
+    if can_go_on:
+        logger.warning("%s\n%s; going on with the rest", "\n".join(shown), count)
+        return
+    way_out = "" if len(problems) == total else ", or go on without them: skip_bad: true (--skip-bad)"
+    raise ValueError("\n".join([*shown, f"{count}; mend them{way_out}"]))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"the line is not UTF-8 text: {error.reason} at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"the line is not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split())
+
+
+def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> list[dict[str, Any]]:
+    """Reads one conversation.
+
+    Args:
+        line: JSON, UTF-8.
+        folder: what paths of pictures are relative to.
+        processor: knows the roles.
+
+    Returns:
+        The messages with full paths.
+
+    Raises:
+        ValueError: it is no JSON or no conversation, there is no answer, an answer has no text or a malformed box.
+        OSError: a picture is not there.
+    """
+    document = json.loads(line.decode("utf-8"))
+    keys = [key for key in CONVERSATION_KEYS if isinstance(document, dict) and key in document]
+    if len(keys) != 1:
+        raise ValueError(f"the line must hold an object with one of the keys {', '.join(CONVERSATION_KEYS)}")
+    messages = document[keys[0]]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{keys[0]!r} must be a list of messages with role and content")
+    check_messages(messages)
+    template = processor.new_chat_template()
+    speakers = [speaker_of(message["role"], template) for message in messages]
+    texts = [content_text(message.get("content"), processor.image_token).strip() for message in messages]
+    if Speaker.ASSISTANT not in speakers:
+        raise ValueError("the conversation has no answer to learn")
+    for number, (speaker, text) in enumerate(zip(speakers, texts, strict=True)):
+        if speaker is Speaker.ASSISTANT:
+            _check_answer(text, number)
+    return [_with_full_paths(message, folder) for message in messages]
+
+
+def _check_answer(text: str, number: int) -> None:
+    if not text:
+        raise ValueError(f"message {number} is an answer with no text")
+    problems = read_grounding(text).problems
+    if problems:
+        raise ValueError(f"the answer in message {number} has malformed boxes: {'; '.join(problems)}")
+
+
+def _with_full_paths(message: dict[str, Any], folder: Path) -> dict[str, Any]:
+    result = dict(message)
+    images = message.get("images")
+    if images is not None:
+        if not isinstance(images, list):
+            raise ValueError(f"'images' must be a list of paths, not {images!r:.80}")
+        result["images"] = [_full_path(source, folder) for source in images]
+    if isinstance(message.get("content"), list):
+        result["content"] = [dict(_part_with_full_path(part, folder)) for part in message["content"]]
+    return result
+
+
+def _part_with_full_path(part: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
+    for key, value in part.items():
+        is_source = is_picture_part(part) and key in _SOURCE_KEYS
+        yield key, _full_path(value, folder) if is_source else value
+
+
+def _full_path(source: Any, folder: Path) -> Any:
+    """A picture's path in full; an address stays.
+
+    Raises:
+        ValueError: it is neither.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(source, Mapping) and "url" in source:
+        return {**source, "url": _full_path(source["url"], folder)}
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"a picture is given by its path or address, not by {source!r:.80}")
+    if _ADDRESS.match(source):
+        return source
+    path = folder.resolve() / source
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {source!r} (looked for {path})")
+    return str(path)
+
+
+def split_samples(samples: Sequence[Sample], eval_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Deals samples out at random.
+
+    Returns:
+        Those to learn, and those to measure, at least one of each.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    count = max(1, round(len(samples) * eval_share))
+    if len(samples) <= count:
+        raise ValueError(f"{len(samples)} conversation(s) cannot be split with eval_share: {eval_share}; give more")
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    return (
+        [sample for index, sample in enumerate(samples) if index not in chosen],
+        [sample for index, sample in enumerate(samples) if index in chosen],
+    )

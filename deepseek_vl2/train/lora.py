@@ -1,0 +1,63 @@
+"""Adapters: which layers get LoRA (arXiv:2106.09685), through peft."""
+
+from typing import TYPE_CHECKING, Any
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.modeling_deepseek import DeepseekV2Experts
+from deepseek_vl2.train.config import ALL, ATTENTION, FULL, LORA, MLP, TrainConfig
+from deepseek_vl2.utils.adapter import require_peft
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+_LANGUAGE_LAYERS = {
+    ATTENTION: r"language\.model\.layers\.\d+\.self_attn\."
+    r"(q_proj|q_a_proj|q_b_proj|k_proj|v_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
+    MLP: r"language\.model\.layers\.\d+\.mlp\.(shared_experts\.)?(gate|up|down)_proj",
+}
+_VISION_LAYERS = {
+    ATTENTION: r"vision\.blocks\.\d+\.attn\.(qkv|proj)",
+    MLP: r"vision\.blocks\.\d+\.mlp\.(fc1|fc2)",
+}
+# Fused tensors and no layers: peft adapts them as parameters.
+_EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def lora_config(model: DeepseekVLV2ForCausalLM, config: TrainConfig) -> "LoraConfig":
+    """The adapter's settings for a model.
+
+    Raises:
+        ValueError: the model has no layer of the chosen kinds.
+        ImportError: peft is not installed.
+    """
+    peft = require_peft()
+    patterns = [
+        pattern
+        for mode, layers in ((config.language, _LANGUAGE_LAYERS), (config.vision, _VISION_LAYERS))
+        for target, pattern in layers.items()
+        if mode == LORA and {target, ALL} & set(config.lora_targets)
+    ]
+    has_experts = config.uses_expert_lora and any(isinstance(module, DeepseekV2Experts) for module in model.modules())
+    if not patterns and not has_experts:
+        raise ValueError(f"lora_targets: {config.lora_targets!r} name no layer of the parts that get LoRA")
+    return peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="|".join(patterns) or [],
+        target_parameters=_EXPERT_PARAMETERS if has_experts else None,
+        modules_to_save=[part for part in ("vision", "projector") if getattr(config, part) == FULL] or None,
+        base_model_name_or_path=config.model_path,
+    )
+
+
+def add_adapter(model: DeepseekVLV2ForCausalLM, config: TrainConfig) -> "PeftModel":
+    """Freezes the model but for the parts that are trained in full, and puts LoRA beside its layers.
+
+    Raises:
+        ValueError: see `lora_config`.
+        ImportError: peft is not installed.
+    """
+    adapted: Any = require_peft().get_peft_model(model, lora_config(model, config))
+    adapted.peft_config["default"].base_model_name_or_path = config.model_path
+    return adapted

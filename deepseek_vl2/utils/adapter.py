@@ -1,0 +1,101 @@
+"""Adapters of peft: put into a model's weights, so that nothing else has to know of them."""
+
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def require_peft() -> ModuleType:
+    """Import peft.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("adapters need the package peft: pip install 'deepseek_vl2[train]', or pip install peft")
+    return importlib.import_module("peft")
+
+
+def check_adapter(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds no adapter, before a model is loaded for it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing in it.
+        ValueError: its files are broken.
+        ImportError: peft is not installed.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no adapter folder {str(folder)!r}")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} has no {name}: it is no adapter that fine-tuning or peft has saved")
+    try:
+        json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        with safe_open(path / ADAPTER_WEIGHTS, "pt"):
+            pass
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {path} is broken or cut off: {error}") from error
+    require_peft()
+
+
+def merge_adapter(model: "DeepseekVLV2ForCausalLM", folder: str | os.PathLike[str]) -> "DeepseekVLV2ForCausalLM":
+    """Put an adapter into the weights of the model that it was trained on.
+
+    Beside the weights it would slow generation down, and attention that reads `kv_b_proj` directly would miss it.
+
+    Args:
+        model: changed in place.
+        folder: holds the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: see `check_adapter`.
+        ValueError: the adapter is broken, or it belongs to another model.
+        ImportError: peft is not installed.
+    """
+    check_adapter(folder)
+    _check_layers(model, folder)
+    try:
+        adapted: Any = require_peft().PeftModel.from_pretrained(model, os.fspath(folder))
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the adapter in {folder} does not fit the model: {reason:.300}") from error
+    return adapted.merge_and_unload()
+
+
+def _check_layers(model: torch.nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Refuse an adapter for layers that the model lacks: peft would leave them out.
+
+    Raises:
+        ValueError: a layer is missing.
+    """
+    names = {name for name, _ in model.named_modules()}
+    with safe_open(Path(folder) / ADAPTER_WEIGHTS, "pt") as weights:
+        layers = {_layer_of(key) for key in weights.keys()}  # noqa: SIM118 - it is no dictionary
+    missing = sorted(layers - names)
+    if missing:
+        raise ValueError(f"the adapter in {folder} belongs to another model: there is no layer {missing[0]!r} here")
+
+
+def _layer_of(key: str) -> str:
+    """Name of the adapted module, such as `language.model.layers.0.self_attn.q_proj`."""
+    name = key.removeprefix("base_model.model.").partition(".lora_")[0]
+    while name.endswith(".base_layer"):  # the first of two parameters of one module
+        name = name.removesuffix(".base_layer")
+    return name.removesuffix(".weight").removesuffix(".bias")
