@@ -49,11 +49,12 @@ def describe(result: TrainResult, model_path: str | None) -> str:
         result: of the run.
         model_path: what the adapter belongs to; None for a whole model.
     """
-    measured = "" if result.eval_loss is None else f", loss on what was not learnt {result.eval_loss:.4f}"
+    losses = {"loss": result.train_loss, "loss on what was not learnt": result.eval_loss}
+    measured = "".join(f", {name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
     use = f"--model_path {result.output_dir}"
     if model_path is not None:
         use = f"--model_path {model_path} --adapter {result.output_dir}"
-    return f"{result.num_steps} steps, loss {result.train_loss:.4f}{measured}. Ask it: python inference.py {use}"
+    return f"{result.num_steps} steps{measured}. Ask it: python inference.py {use}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Adapters: which layers get LoRA (arXiv:2106.09685), through peft."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
@@ -47,7 +48,6 @@ def lora_config(model: DeepseekVLV2ForCausalLM, config: TrainConfig) -> "LoraCon
         target_modules="|".join(patterns) or [],
         target_parameters=_EXPERT_PARAMETERS if has_experts else None,
         modules_to_save=[part for part in ("vision", "projector") if getattr(config, part) == FULL] or None,
-        base_model_name_or_path=config.model_path,
     )
 
 
@@ -60,4 +60,6 @@ def add_adapter(model: DeepseekVLV2ForCausalLM, config: TrainConfig) -> "PeftMod
     """
     adapted: Any = require_peft().get_peft_model(model, lora_config(model, config))
     adapted.peft_config["default"].base_model_name_or_path = config.model_path
+    # peft would look for the model on the hub to learn whether the vocabulary has grown, which it never does here.
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted

@@ -48,14 +48,14 @@ class TrainResult:
     Attributes:
         output_dir: holds the adapter or the whole model, with its processor.
         num_steps: optimizer steps, those before a resumption included.
-        train_loss: last recorded loss of training.
+        train_loss: last recorded loss of training; None if there were fewer steps than `log_every`.
         eval_loss: loss on what is measured, after the last step; None if nothing is.
         num_trained: trained weights.
     """
 
     output_dir: Path
     num_steps: int
-    train_loss: float
+    train_loss: float | None
     eval_loss: float | None
     num_trained: int
 
@@ -166,10 +166,13 @@ def train(config: TrainConfig) -> TrainResult:
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    eval_loss = last_eval_loss(trainer) if len(measured) else None
     trainer.save_model()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return TrainResult(Path(config.output_dir), trainer.state.global_step, losses[-1], eval_loss, num_trained)
+
+    def last(name: str) -> float | None:
+        return next((record[name] for record in reversed(trainer.state.log_history) if name in record), None)
+
+    steps = trainer.state.global_step
+    return TrainResult(Path(config.output_dir), steps, last("loss"), last("eval_loss"), num_trained)
 
 
 def read_data(
@@ -264,14 +267,6 @@ def _check_same_settings(config: TrainConfig, path: Path) -> None:
                 f"{name}: {value!r} is not allowed; the run in {path.parent} began with {before.get(name)!r}. "
                 "Keep that, or take another output_dir"
             )
-
-
-def last_eval_loss(trainer: Trainer) -> float:
-    """The measured loss after the last step, measured now if it was not."""
-    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if last and last[-1]["step"] == trainer.state.global_step:
-        return last[-1]["eval_loss"]
-    return trainer.evaluate()["eval_loss"]
 
 
 def _tensorboard(config: TrainConfig) -> TrainerCallback:

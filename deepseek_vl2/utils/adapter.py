@@ -85,17 +85,16 @@ def _check_layers(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Non
     Raises:
         ValueError: a layer is missing.
     """
-    names = {name for name, _ in model.named_modules()}
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     with safe_open(Path(folder) / ADAPTER_WEIGHTS, "pt") as weights:
-        layers = {_layer_of(key) for key in weights.keys()}  # noqa: SIM118 - it is no dictionary
-    missing = sorted(layers - names)
+        missing = sorted({_adapted_name(key) for key in weights.keys()} - names)  # noqa: SIM118 - it is no dictionary
     if missing:
-        raise ValueError(f"the adapter in {folder} belongs to another model: there is no layer {missing[0]!r} here")
+        raise ValueError(f"the adapter in {folder} belongs to another model: there is no {missing[0]!r} here")
 
 
-def _layer_of(key: str) -> str:
-    """Name of the adapted module, such as `language.model.layers.0.self_attn.q_proj`."""
+def _adapted_name(key: str) -> str:
+    """Name of the layer with LoRA (`language.model.layers.0.self_attn.q_proj`) or of a parameter trained in full."""
     name = key.removeprefix("base_model.model.").partition(".lora_")[0]
-    while name.endswith(".base_layer"):  # the first of two parameters of one module
+    while name.endswith(".base_layer"):  # the first of two parameters of one layer
         name = name.removesuffix(".base_layer")
-    return name.removesuffix(".weight").removesuffix(".bias")
+    return name

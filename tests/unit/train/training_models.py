@@ -63,7 +63,7 @@ def build_config(processor: DeepseekVLV2Processor, **language: Any) -> DeepseekV
         "qk_rope_head_dim": 8,
         "v_head_dim": 16,
         "max_position_embeddings": 256,
-        "initializer_range": 0.1,
+        "initializer_range": 0.2,
     }
     return DeepseekVLV2Config(
         vision_config={
@@ -104,8 +104,8 @@ def save_conversations(folder: Path, name: str = "train.jsonl") -> Path:
     return path
 
 
-FULL = {"vision": "full", "projector": "full", "language": "full", "learning_rate": 3e-3}
-LORA_ALL = {"language": "lora", "lora_rank": 4, "learning_rate": 1e-2}
+FULL = {"vision": "full", "projector": "full", "language": "full", "learning_rate": 1e-2}
+LORA_ALL = {"language": "lora", "lora_rank": 4, "learning_rate": 2e-2}
 
 
 def settings(train_file: Path, model_path: Path, output_dir: Path, **changes: Any) -> TrainConfig:

@@ -1,0 +1,58 @@
+"""`examples/finetune`, very small: that it runs from drawing to measuring, and that inference.py takes its adapter."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def example(repository):
+    spec = importlib.util.spec_from_file_location("new_color", repository / "examples" / "finetune" / "new_color.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, capsys):
+    small = ["--num_new", "3", "--num_old", "1", "--num_scenes", "1"]
+    steps = ["--set", "max_steps=2", "batch_size=2", "device=cpu"]
+    assert example.main(["--folder", str(tmp_path), *small, *steps]) == 0
+    document = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert document["steps"] == 2
+    tasks = {*example.NEW_TASKS, *example.OLD_TASKS}
+    assert document["before"].keys() == document["after"].keys() == tasks
+    assert all(0 <= value <= 1 for value in document["before"].values())
+
+    question = ["--image", str(tmp_path / "0.png"), "--prompt", "What shape is the brown object?", "--json"]
+    command = [sys.executable, str(repository / "inference.py"), "--adapter", str(tmp_path / "adapter"), *question]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["new_tokens"] > 0
+
+
+def test_inference_refuses_what_is_no_adapter_in_one_line(repository, tmp_path):
+    command = [sys.executable, str(repository / "inference.py"), "--adapter", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"inference.py: error: {tmp_path} has no adapter_config.json")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_every_new_question_is_about_the_new_color_and_is_painted_so(example):
+    examples = example.training_examples(9, 3)
+    assert len(examples) == 12
+    for found in examples[:9]:
+        item = found.targets[0]
+        assert item.color == "brown"
+        assert "brown" in found.question + found.answer or found.answer == item.name or item.name in found.question
+        picture = found.scene.draw()
+        assert isinstance(picture, Image.Image)
+        near = [max(abs(a - b) for a, b in zip(color, item.rgb, strict=True)) for _, color in picture.getcolors(10**6)]
+        assert min(near) == 0

@@ -1,0 +1,117 @@
+"""An adapter gives the same answers trained, loaded and merged, and wrong ones are refused."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from training_models import LORA_ALL, save_model, settings
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.train import trainer
+from deepseek_vl2.train.data import ConversationEncoder, read_samples
+from deepseek_vl2.train.merge import main as merge
+from deepseek_vl2.utils.io import load_pretrained_model
+
+# Merging adds the update to the weight, in another order than beside it: float32 rounding of logits of about 10.
+ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, train_file, tmp_path_factory):
+    """Adapter folder, and the logits of the model in training as it was saved."""
+    folder = tmp_path_factory.mktemp("adapter")
+    kept = {}
+    save = trainer.FineTuner.save_model
+
+    def save_and_ask(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        kept["model"] = self.model.eval()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.FineTuner, "save_model", save_and_ask)
+        options = LORA_ALL | {"vision": "lora", "projector": "full", "max_steps": 3}
+        trainer.train(settings(train_file, checkpoint("mla_noaux"), folder, **options))
+    return folder, kept["model"]
+
+
+@pytest.fixture(scope="module")
+def inputs(processor, train_file):
+    encoder = ConversationEncoder(processor, 256)
+    samples = read_samples(train_file, encoder)
+    batch = processor.batchify([encoder(sample.messages) for sample in samples[:2]])
+    return {name: batch[name] for name in processor.model_input_names}
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def test_loaded_and_merged_give_the_same_logits(checkpoint, trained, inputs, tmp_path, capsys):
+    folder, model = trained
+    expected = logits(model, inputs)
+    plain = load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu").model
+    assert float((logits(plain, inputs) - expected).abs().max()) > 0.5  # the adapter does something
+    loaded = load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu", adapter=folder).model
+    assert type(loaded) is DeepseekVLV2ForCausalLM
+    torch.testing.assert_close(logits(loaded, inputs), expected, **ROUNDING)
+
+    output = tmp_path / "merged"
+    command = ["--model_path", str(checkpoint("mla_noaux")), "--adapter", str(folder), "--output", str(output)]
+    assert merge(command) == 0
+    merged, info = DeepseekVLV2ForCausalLM.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(logits(merged.eval(), inputs), logits(loaded, inputs), atol=0, rtol=0)
+    assert load_pretrained_model(output, "float32", "cpu").processor.image_size == 70
+    keys = [file.name for file in checkpoint("mla_noaux").iterdir()]
+    assert sorted(keys) == sorted(file.name for file in output.iterdir())
+    assert merge(command) == 2
+    assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_with_an_adapter_cached_steps_equal_the_whole(checkpoint, trained, inputs):
+    """Latent attention reads a weight directly in cached steps."""
+    model = load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu", adapter=trained[0]).model
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    cached = model.generate(**inputs, **options)
+    whole = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(cached, whole)
+
+
+def test_the_adapter_names_its_model_as_it_was_given(checkpoint, trained):
+    config = json.loads((trained[0] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(checkpoint("mla_noaux"))
+
+
+def test_an_adapter_of_another_model_is_refused(processor, checkpoint, trained, tmp_path):
+    with pytest.raises(ValueError, match="belongs to another model: there is no 'language"):
+        load_pretrained_model(checkpoint("mha_greedy"), "float32", "cpu", adapter=trained[0])
+    other = save_model(tmp_path / "wider", processor, moe_intermediate_size=64)
+    with pytest.raises(ValueError, match=r"does not fit the model: .*size mismatch"):
+        load_pretrained_model(other, "float32", "cpu", adapter=trained[0])
+
+
+def test_what_is_no_adapter_is_refused(checkpoint, trained, tmp_path):
+    def refuse(kind, message, folder):
+        with pytest.raises(kind, match=message):
+            load_pretrained_model(checkpoint("mla_noaux"), adapter=folder)
+
+    refuse(FileNotFoundError, "there is no adapter folder", tmp_path / "none")
+    refuse(FileNotFoundError, "has no adapter_config.json: it is no adapter", checkpoint("mla_noaux"))
+    broken = shutil.copytree(trained[0], tmp_path / "broken")
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refuse(ValueError, "is broken or cut off", broken)
+    (broken / "adapter_config.json").write_text("{")
+    refuse(ValueError, "is broken or cut off", broken)
+
+
+def test_without_peft_the_way_out_is_named(checkpoint, trained, train_file, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    with pytest.raises(ImportError, match="adapters need the package peft: pip install"):
+        load_pretrained_model(checkpoint("mla_noaux"), adapter=trained[0])
+    with pytest.raises(ImportError, match="adapters need the package peft: pip install"):
+        trainer.train(settings(train_file, checkpoint("mla_noaux"), tmp_path, **LORA_ALL))
