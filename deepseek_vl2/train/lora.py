@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Experts
 from deepseek_vl2.train.config import ALL, ATTENTION, FULL, LORA, MLP, TrainConfig
-from deepseek_vl2.utils.adapter import require_peft
+from deepseek_vl2.utils.adapter import require_peft, without_peft_warnings
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -58,7 +58,8 @@ def add_adapter(model: DeepseekVLV2ForCausalLM, config: TrainConfig) -> "PeftMod
         ValueError: see `lora_config`.
         ImportError: peft is not installed.
     """
-    adapted: Any = require_peft().get_peft_model(model, lora_config(model, config))
+    with without_peft_warnings():
+        adapted: Any = require_peft().get_peft_model(model, lora_config(model, config))
     adapted.peft_config["default"].base_model_name_or_path = config.model_path
     # peft would look for the model on the hub to learn whether the vocabulary has grown, which it never does here.
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)

@@ -4,6 +4,9 @@ import importlib
 import importlib.util
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,14 @@ def require_peft() -> ModuleType:
     if importlib.util.find_spec("peft") is None:
         raise ImportError("adapters need the package peft: pip install 'deepseek_vl2[train]', or pip install peft")
     return importlib.import_module("peft")
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Keep back that peft asks a model for an attribute by the name it had before transformers 5.23."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def check_adapter(folder: str | os.PathLike[str]) -> None:
@@ -72,7 +83,8 @@ def merge_adapter(model: "DeepseekVLV2ForCausalLM", folder: str | os.PathLike[st
     check_adapter(folder)
     _check_layers(model, folder)
     try:
-        adapted: Any = require_peft().PeftModel.from_pretrained(model, os.fspath(folder))
+        with without_peft_warnings():
+            adapted: Any = require_peft().PeftModel.from_pretrained(model, os.fspath(folder))
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the adapter in {folder} does not fit the model: {reason:.300}") from error

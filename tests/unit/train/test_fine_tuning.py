@@ -31,23 +31,28 @@ def changed(before, after):
 
 
 def experts_in_use(folder, train_file):
-    """Experts that the model chooses for the conversations before it is trained."""
+    """Experts that the untrained model chooses where it predicts answers.
+
+    Elsewhere the last layer, which is the one with experts, has no part in the loss. A first step on all conversations
+    reaches them all; later ones need not, as training moves the choice.
+    """
     _, processor, model = load_pretrained_model(folder, torch.float32, "cpu")
     encoder = ConversationEncoder(processor, 256)
     rows = [encoder(sample.messages) for sample in read_samples(train_file, encoder)]
     chosen = []
     router = model.language.model.layers[1].mlp.gate
     router.register_forward_hook(lambda module, arguments, outputs: chosen.append(outputs[2]))
+    batch = TrainingCollator(processor)(rows)
     with torch.no_grad():
-        model(**TrainingCollator(processor)(rows))
-    experts = torch.cat(chosen).unique()
-    assert len(experts) >= 9
+        model(**batch)
+    experts = chosen[0][:, :-1][batch["labels"][:, 1:] != -100].unique()
+    assert len(experts) >= 6
     return experts
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_full_training_learns_and_reaches_every_expert(checkpoint, train_file, tmp_path, variant):
-    found = run(settings(train_file, checkpoint(variant), tmp_path, **FULL))
+    found = run(settings(train_file, checkpoint(variant), tmp_path, batch_size=len(COLORS), **FULL))
     assert found[-1] < 0.7 * found[0]
     old, new = weights(checkpoint(variant)), weights(tmp_path)
     touched = changed(old, new)
@@ -61,7 +66,7 @@ def test_full_training_learns_and_reaches_every_expert(checkpoint, train_file, t
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lora_learns_and_reaches_every_expert(checkpoint, train_file, tmp_path, variant):
-    found = run(settings(train_file, checkpoint(variant), tmp_path, **LORA_ALL))
+    found = run(settings(train_file, checkpoint(variant), tmp_path, batch_size=len(COLORS), **LORA_ALL))
     assert found[-1] < 0.7 * found[0]
     old, new = weights(checkpoint(variant)), weights(checkpoint(variant), tmp_path)
     touched = changed(old, new)
