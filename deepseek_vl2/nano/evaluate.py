@@ -14,40 +14,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from deepseek_vl2.evaluate.metrics import IOU_THRESHOLD, match_boxes
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
 from deepseek_vl2.nano.questions import EVAL_SPLIT, TASKS, Example, example_at
-from deepseek_vl2.nano.scenes import Box
 from deepseek_vl2.serve.grounding import read_grounding
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model
 
 MAX_NEW_TOKENS = 160
-IOU_THRESHOLD = 0.5
-
-
-def intersection_over_union(first: Sequence[float], second: Sequence[float]) -> float:
-    """Area that two boxes x1, y1, x2, y2 share, as a part of the area they cover together; 0 to 1."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(width, 0) * max(height, 0)
-    covered = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)) - shared
-    return shared / covered if covered > 0 else 0.0
-
-
-def match_boxes(found: Sequence[Box], expected: Sequence[Box]) -> list[float]:
-    """IoU of each expected box with the found one it is matched to, best pairs first; 0 for those left over."""
-    pairs = sorted(
-        ((intersection_over_union(f, e), i, j) for i, f in enumerate(found) for j, e in enumerate(expected)),
-        reverse=True,
-    )
-    scores = [0.0] * len(expected)
-    free_found, free_expected = set(range(len(found))), set(range(len(expected)))
-    for score, i, j in pairs:
-        if i in free_found and j in free_expected:
-            scores[j] = score
-            free_found.remove(i)
-            free_expected.remove(j)
-    return scores
 
 
 def judge(example: Example, answer: str) -> dict[str, float]:

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from deepseek_vl2.evaluate.metrics import intersection_over_union
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
-from deepseek_vl2.nano.evaluate import intersection_over_union
 from deepseek_vl2.serve.inference import deepseek_generate, load_model
 
 pytestmark = pytest.mark.e2e

@@ -11,9 +11,7 @@ from deepseek_vl2.nano.evaluate import (
     MAX_NEW_TOKENS,
     answer_examples,
     evaluate_task,
-    intersection_over_union,
     judge,
-    match_boxes,
     summarize,
 )
 from deepseek_vl2.nano.questions import EVAL_SPLIT, TASKS, Example, example_at, format_grounding
@@ -31,44 +29,6 @@ def nano(tmp_path_factory):
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
     return model, processor, folder
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ((0, 0, 10, 10), (0, 0, 10, 10), 1.0),
-        ((0, 0, 10, 10), (10, 0, 20, 10), 0.0),  # they touch
-        ((0, 0, 10, 10), (30, 30, 40, 40), 0.0),
-        ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
-        ((0, 0, 10, 10), (2, 3, 7, 8), 25 / 100),  # one in the other
-        ((0, 0, 4, 2), (2, 1, 6, 3), 2 / 14),
-        ((3, 3, 3, 3), (3, 3, 3, 3), 0.0),  # no area at all
-        ((8, 8, 2, 2), (0, 0, 10, 10), 0.0),  # corners the wrong way round
-    ],
-)
-def test_intersection_over_union(first, second, expected):
-    assert intersection_over_union(first, second) == pytest.approx(expected)
-    assert intersection_over_union(second, first) == pytest.approx(expected)
-
-
-A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (0.0, 5.0, 10.0, 15.0)
-
-
-@pytest.mark.parametrize(
-    ("found", "expected", "scores"),
-    [
-        ([A, B], [A, B], [1, 1]),
-        ([B, A], [A, B], [1, 1]),  # the order does not matter
-        ([A], [A, B], [1, 0]),
-        ([A, B], [B], [1]),
-        ([A, A], [A, A], [1, 1]),
-        ([A], [C, A], [0, 1]),  # one found box meets one expected box, the best
-        ([C, A], [A], [1]),
-        ([], [A], [0]),
-    ],
-)
-def test_boxes_are_matched_best_pairs_first(found, expected, scores):
-    assert match_boxes(found, expected) == pytest.approx(scores)
 
 
 def box_answer(*boxes):

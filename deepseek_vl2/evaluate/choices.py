@@ -1,0 +1,71 @@
+"""Multiple choice: which option an answer means. One that names none, or several, is unreadable; nothing is guessed."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+_ALONE = re.compile(r"\W*([A-Za-z])\W*")  # "(B)", "B.", "b"
+# "B: text", "(B) text", "B. text"; not "(A) or (B)".
+_LEADING = re.compile(r"\W{0,3}([A-Z])\s*[.:)\]](?=\s|$|\W)(?!\s*(?:or|and)\b)")
+# A small letter only at the end, where it cannot be a word: "the answer is a horse".
+_STATED = re.compile(
+    r"(?i:(?:\b(?:answer|option|choice)\b|答案|选项)\s*(?:\b(?:is|would be|should be)\b|是|为)?\s*[:：]?\s*"
+    r"(?:\b(?:option|choice)\b\s*)?)[\"'*(\[$]*([A-Z](?![A-Za-z])|[a-z](?=\W*$))"
+)
+_BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
+_STANDING = re.compile(r"(?<![A-Za-z'’])([A-Z])(?![A-Za-z'’])")
+# "A dog", "I see": words, but not in "A or B", "A is right".
+_WORD_NOT_LETTER = re.compile(r"(?<![A-Za-z])[AI](?=\s+[A-Za-z])(?!\s+(?:or|and|is)\b)")
+
+
+def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
+    """Find the option that an answer means.
+
+    Looked for in this order; the first step that finds anything decides: a letter alone ("B", "(B)"); an option's text
+    alone; a letter in front ("B. a cat"); a statement ("The answer is B"); letters in brackets; options' texts within
+    the answer; letters standing by themselves, but "A" and "I" not where they are words.
+
+    Args:
+        answer: text of the model.
+        options: text by capital letter.
+
+    Returns:
+        The letter; `None` if the answer names no option, or several at the deciding step.
+    """
+    text = answer.strip()
+    alone = _ALONE.fullmatch(text)
+    if alone is not None and alone[1].upper() in options:
+        return alone[1].upper()
+    leading = _LEADING.match(text)
+    steps: tuple[Iterable[str], ...] = (
+        (letter for letter, option in options.items() if _plain(option) == _plain(text)),
+        (leading[1],) if leading else (),
+        (letter.upper() for letter in _STATED.findall(_WORD_NOT_LETTER.sub("", text))),
+        _BRACKETED.findall(text),
+        _mentioned(text, options),
+        _STANDING.findall(_WORD_NOT_LETTER.sub("", text)),
+    )
+    for step in steps:
+        found = {letter for letter in step if letter in options}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .")
+
+
+def _mentioned(answer: str, options: Mapping[str, str]) -> list[str]:
+    """Options whose text stands in the answer as whole words, not counting those within a longer one that does."""
+    text = _plain(answer)
+    plain = {letter: _plain(option) for letter, option in options.items()}
+    there = {
+        letter: option
+        for letter, option in plain.items()
+        if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)
+    }
+    return [
+        letter
+        for letter, option in there.items()
+        if not any(option in other and option != other for other in there.values())
+    ]

@@ -1,0 +1,79 @@
+"""Which option an answer means."""
+
+import pytest
+
+from deepseek_vl2.evaluate.choices import choose_option
+
+ANIMALS = {"A": "cat", "B": "black cat", "C": "dog", "D": "Vitamin C"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        (" B. ", "B"),
+        ("**C**", "C"),
+        ("$\\boxed{C}$", "C"),
+        ("A. cat", "A"),
+        ("B) black cat", "B"),
+        ("(C) dog, because it barks", "C"),
+        ("C: dog", "C"),
+        ("The answer is C.", "C"),
+        ("The answer is C", "C"),
+        ("the correct answer is (A) and not another", "A"),
+        ("Answer: B", "B"),
+        ("The correct option is D", "D"),
+        ("I would take option B", "B"),
+        ("The answer is option A", "A"),
+        ("答案是C", "C"),
+        ("答案：B", "B"),
+        ("dog", "C"),
+        ("Dog.", "C"),
+        ("It is a dog", "C"),
+        ("It is a black cat", "B"),  # the longer text holds the shorter
+        ("vitamin C", "D"),  # the text of D, though C stands in it
+        ("I think B is right", "B"),
+        ("A dog", "C"),  # an article
+        ("I choose [D] here", "D"),
+        ("Because of its tail: A", "A"),
+        ("The answer is b.", "B"),
+        ("A is right", "A"),
+    ],
+)
+def test_the_option_is_found(answer, letter):
+    assert choose_option(answer, ANIMALS) == letter
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "I do not know",
+        "E",  # no such option
+        "A or B",
+        "(A) or (B)",
+        "The answer is A. No, the answer is B.",
+        "a cat or a dog",
+        "A horse",  # an article, and no option
+        "I see a horse",
+        "category",  # within a word
+        "The answer is a horse",
+        "BC",
+    ],
+)
+def test_what_names_no_option_or_several_is_unreadable(answer):
+    assert choose_option(answer, ANIMALS) is None
+
+
+def test_letters_up_to_the_ninth():
+    options = {letter: f"value {letter}{letter}" for letter in "ABCDEFGHI"}
+    assert choose_option("I", options) == "I"
+    assert choose_option("The answer is I.", options) == "I"
+    assert choose_option("H. value HH", options) == "H"
+    assert choose_option("I believe that F", options) == "F"
+
+
+def test_a_letter_alone_is_the_letter_even_where_it_is_a_text():
+    assert choose_option("B", {"A": "B", "B": "A"}) == "B"
