@@ -225,10 +225,10 @@ def test_views_and_cells_of_a_view_batch_belong_together(processor):
     assert batch.views.shape == (num_views, 3, 112, 112)
     assert batch.cells.shape_ids.shape == batch.cells.color_ids.shape == (num_views, 4, 4)
     assert batch.cells.boxes.shape == (num_views, 4, 4, 4)
-    # A cell that sees nothing is plainer than one that sees an object.
+    # Most cells that see nothing are plain; the rest hold a corner of something.
     spread = batch.views.unflatten(2, (4, 28)).unflatten(4, (4, 28)).std(dim=(3, 5)).mean(dim=1)  # [V, G, G]
     is_object = batch.cells.shape_ids >= 0
-    assert spread[is_object].mean() > 4 * spread[~is_object].mean()
+    assert spread[is_object].median() > 10 * spread[~is_object].median()
 
 
 def object_at(box, name="square", color="red", kind="shape"):

@@ -39,7 +39,7 @@ def test_layers_are_of_the_kinds_of_small(model):
         f"language.model.layers.{layer}.mlp.shared_experts.up_proj.weight" in keys
         for layer in range(language.num_hidden_layers)
     ]
-    assert has_router == has_shared == [False, True, True, True]  # the first layer is dense
+    assert has_router == has_shared == [False, True, True, True, True]  # the first layer is dense
 
 
 def test_configuration_and_processor_fit_each_other(model, processor):
