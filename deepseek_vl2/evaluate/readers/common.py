@@ -1,0 +1,170 @@
+"""What the readers of all formats share: pictures, boxes and lists in cells."""
+
+import ast
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deepseek_vl2.evaluate.samples import PictureSource, PixelBox
+from deepseek_vl2.utils.io import load_image
+
+BoxFormat = Literal["xyxy", "xywh"]
+BOX_FORMATS: tuple[BoxFormat, ...] = ("xyxy", "xywh")
+# Boxes of published files end a fraction of a pixel outside their picture now and then.
+MAX_OVERHANG = 1.0
+
+
+@dataclass
+class ReadOptions:
+    """How a file is to be read.
+
+    Attributes:
+        picture_root: what paths of pictures are relative to.
+        box_format: of files that do not say so themselves.
+        sizes: of the pictures seen so far; each is opened once.
+    """
+
+    picture_root: Path
+    box_format: BoxFormat | None = None
+    sizes: dict[PictureSource, tuple[int, int]] = field(default_factory=dict)
+
+    def picture_path(self, name: Any) -> str:
+        """A picture's full path.
+
+        Raises:
+            ValueError: it is no path.
+            FileNotFoundError: there is no such file.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a picture is given by its path, not by {name!r:.80}")
+        path = self.picture_root / name
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no picture {name!r} (looked for {path})")
+        return str(path)
+
+    def sizes_of(self, pictures: Iterable[PictureSource]) -> tuple[tuple[int, int], ...]:
+        """Width and height of pictures; loads each to be sure that it can be.
+
+        Raises:
+            ValueError: it is no picture, or broken.
+        """
+        pictures = tuple(pictures)
+        for picture in pictures:
+            if picture not in self.sizes:
+                self.sizes[picture] = load_image(picture).size
+        return tuple(self.sizes[picture] for picture in pictures)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ValueError: it is none, or not UTF-8.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def json_lines(path: Path) -> Iterable[tuple[str, bytes]]:
+    """Yields "line N" and the line; empty lines count for nothing."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {number}", line
+
+
+def as_mapping(value: Any, what: str) -> Mapping[str, Any]:
+    """The value, if it is an object.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} must be an object, it is {value!r:.80}")
+    return value
+
+
+def listed(cell: Any) -> list[Any]:
+    """The entries of a cell: a list, a list written as Python or JSON writes it, or one value; none if it is empty."""
+    if isinstance(cell, (list, tuple)):
+        return list(cell)
+    if cell is None or cell == "":
+        return []
+    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+        try:
+            value = ast.literal_eval(cell)
+        except (ValueError, SyntaxError):
+            return [cell]  # a text in brackets
+        if isinstance(value, list):
+            return value
+    return [cell]
+
+
+def texts(cell: Any) -> tuple[str, ...]:
+    """The entries of a cell as texts, see `listed`.
+
+    Raises:
+        ValueError: an entry is neither text nor number.
+    """
+    entries = listed(cell)
+    wrong = [entry for entry in entries if not isinstance(entry, (str, int, float))]
+    if wrong:
+        raise ValueError(f"an answer must be a text or number, not {wrong[0]!r:.80}")
+    return tuple(str(entry) for entry in entries)
+
+
+def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:
+    """Reads a box in pixels.
+
+    Args:
+        values: four numbers.
+        box_format: "xyxy" (two corners) or "xywh" (a corner, width, height).
+        size: width and height of the picture.
+
+    Returns:
+        x1, y1, x2, y2.
+
+    Raises:
+        ValueError: no such format, not four numbers, no area, or not within the picture.
+    """
+    if box_format not in BOX_FORMATS:
+        raise ValueError(f"unknown form of boxes {box_format!r}: take one of {', '.join(BOX_FORMATS)}")
+    is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_sequence or len(values) != 4 or not all(_is_number(value) for value in values):
+        raise ValueError(f"a box must be four numbers, not {values!r:.80}")
+    x1, y1, x2, y2 = map(float, values)
+    if box_format == "xywh":
+        x2, y2 = x1 + x2, y1 + y2
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError(f"the box {list(values)} ({box_format}) has no area")
+    width, height = size
+    if min(x1, y1) < -MAX_OVERHANG or x2 > width + MAX_OVERHANG or y2 > height + MAX_OVERHANG:
+        raise ValueError(f"the box {list(values)} ({box_format}) is not within the picture of {width}x{height} pixels")
+    return x1, y1, x2, y2
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def first_of(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first of some fields that is there and not empty, else `None`."""
+    return next((fields[name] for name in names if fields.get(name) not in (None, "", [])), None)
+
+
+def question_of(fields: Mapping[str, Any], *names: str) -> str:
+    """The question.
+
+    Raises:
+        ValueError: there is none.
+    """
+    question = first_of(fields, *names)
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"no question: {' or '.join(names)} is missing or empty")
+    return question

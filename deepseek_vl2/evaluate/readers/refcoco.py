@@ -1,0 +1,132 @@
+"""Referring expressions, in the two forms in which RefCOCO, RefCOCO+ and RefCOCOg are passed around.
+
+`refcoco_list`: a JSON list, or JSON lines, of {image, sentence (or caption, sent), bbox, width, height}; how boxes are
+written is said by a field `bbox_format` or by the option. `refcoco_refs`: one object with the parts of the original
+release, `refs` (ref_id, ann_id, image_id, sentences), `annotations` and `images` as in COCO's instances file (they may
+stand in a part `instances`); its boxes are x, y, width, height.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepseek_vl2.evaluate.readers.common import (
+    ReadOptions,
+    as_mapping,
+    first_of,
+    json_lines,
+    parse_json,
+    question_of,
+    read_box,
+)
+from deepseek_vl2.evaluate.samples import Sample
+
+SENTENCE_FIELDS = ("sentence", "caption", "sent")
+
+
+def list_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a JSON list, or the lines of JSON lines.
+
+    Raises:
+        ValueError: it begins like a list and is none.
+    """
+    with path.open("rb") as file:
+        is_list = file.read(1024).lstrip().startswith(b"[")
+    if not is_list:
+        yield from json_lines(path)
+        return
+    for number, entry in enumerate(parse_json(path.read_bytes()), start=1):
+        yield f"entry {number}", entry
+
+
+def list_sample(entry: Any, where: str, options: ReadOptions) -> Sample:
+    """Builds the sample of an entry.
+
+    Raises:
+        ValueError: it is no such object, nothing says how its box is written, the box is not within the picture, or
+            the picture has another size than the entry says.
+        OSError: the picture is not there.
+    """
+    fields = as_mapping(parse_json(entry) if isinstance(entry, bytes) else entry, "an entry")
+    box_format = fields.get("bbox_format", options.box_format)
+    if box_format is None:
+        raise ValueError("nothing says how boxes are written: give --box_format xyxy or xywh, or a field bbox_format")
+    if fields.get("bbox") is None:
+        raise ValueError("no expected box (bbox)")
+    return _sample(
+        str(fields.get("id", where)), where, question_of(fields, *SENTENCE_FIELDS), fields, box_format, options
+    )
+
+
+class Expression(NamedTuple):
+    """One sentence of one ref, and the tables that it points into."""
+
+    ref: Mapping[str, Any]
+    sentence: Any
+    annotations: Mapping[Any, Mapping[str, Any]]
+    images: Mapping[Any, Mapping[str, Any]]
+
+
+def refs_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields every sentence of every ref.
+
+    Raises:
+        ValueError: it is no JSON object with refs, annotations and images.
+    """
+    document = as_mapping(parse_json(path.read_bytes()), str(path))
+    tables = as_mapping(document.get("instances", document), "'instances'")
+    refs, annotations, images = (
+        _list_of(part, name, path) for part, name in ((document, "refs"), (tables, "annotations"), (tables, "images"))
+    )
+    by_annotation = {part["id"]: part for part in annotations if isinstance(part, Mapping) and "id" in part}
+    by_image = {part["id"]: part for part in images if isinstance(part, Mapping) and "id" in part}
+    for number, ref in enumerate(refs, start=1):
+        sentences = ref.get("sentences") if isinstance(ref, Mapping) else None
+        if not isinstance(sentences, list) or not sentences:
+            yield f"ref {number}", None
+            continue
+        for index, sentence in enumerate(sentences, start=1):
+            yield f"ref {number}, sentence {index}", Expression(ref, sentence, by_annotation, by_image)
+
+
+def _list_of(fields: Mapping[str, Any], name: str, path: Path) -> list[Any]:
+    if not isinstance(fields.get(name), list):
+        raise ValueError(f"{path} must have the lists refs, annotations and images (the last two may be in instances)")
+    return fields[name]
+
+
+def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> Sample:
+    """Builds the sample of a sentence.
+
+    Raises:
+        ValueError: it has no sentences, or its annotation or image is missing or bad.
+        OSError: the picture is not there.
+    """
+    if entry is None:
+        raise ValueError("the ref is no object with a list of sentences")
+    ref, sentence = entry.ref, as_mapping(entry.sentence, "a sentence")
+    annotation, image = entry.annotations.get(ref.get("ann_id")), entry.images.get(ref.get("image_id"))
+    if annotation is None or image is None:
+        raise ValueError(f"there is no annotation {ref.get('ann_id')!r} or no image {ref.get('image_id')!r}")
+    sample_id = str(sentence.get("sent_id", where))
+    fields = {**image, "image": image.get("file_name"), "bbox": annotation.get("bbox"), "category": ref.get("split")}
+    return _sample(sample_id, where, question_of(sentence, "sent", "raw"), fields, "xywh", options)
+
+
+def _sample(
+    sample_id: str, where: str, sentence: str, fields: Mapping[str, Any], box_format: str, options: ReadOptions
+) -> Sample:
+    picture = options.picture_path(first_of(fields, "image", "file_name"))
+    (size,) = options.sizes_of([picture])
+    said = (fields.get("width", size[0]), fields.get("height", size[1]))
+    if said != size:
+        raise ValueError(f"{picture} has {size[0]}x{size[1]} pixels, the file says {said[0]}x{said[1]}")
+    return Sample(
+        id=sample_id,
+        where=where,
+        question=sentence.strip(),
+        pictures=(picture,),
+        sizes=(size,),
+        boxes=(read_box(fields["bbox"], box_format, size),),
+        category=str(first_of(fields, "category", "split") or ""),
+    )

@@ -1,0 +1,93 @@
+"""VLMEvalKit's files: tables with tabs, columns index, image, question, answer, A, B, ..., category.
+
+`image` holds a picture as base64, a list of several, or the index of another row whose picture is meant; in place of it
+`image_path` may hold paths.
+"""
+
+import base64
+import binascii
+import csv
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from deepseek_vl2.evaluate.readers.common import ReadOptions, first_of, listed, question_of, texts
+from deepseek_vl2.evaluate.samples import PictureSource, Sample
+
+# No picture is that short, and no index that long: VLMEvalKit's own limit.
+_MAX_INDEX_LENGTH = 64
+# A cell holds a picture; the csv module's own limit is 131,072 characters.
+_MAX_CELL_LENGTH = 2**30
+
+
+class TsvRow(NamedTuple):
+    """A row, and the column `image` of all rows by index."""
+
+    cells: Mapping[str, str]
+    images: Mapping[str, str]
+
+
+def tsv_entries(path: Path) -> Iterator[tuple[str, TsvRow]]:
+    """Yields every row with the line it ends in.
+
+    Raises:
+        ValueError: it is no table with the columns question and index.
+    """
+    previous_limit = csv.field_size_limit(_MAX_CELL_LENGTH)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t", strict=True)
+            missing = {"index", "question"} - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))} in its first line")
+            rows = [(f"line {reader.line_num}", row) for row in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table in UTF-8 with tabs: {error}") from error
+    finally:
+        csv.field_size_limit(previous_limit)
+    images = {row["index"]: row.get("image") or "" for _, row in rows}
+    for where, row in rows:
+        yield where, TsvRow(row, images)
+
+
+def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
+    """Builds the sample of a row.
+
+    Raises:
+        ValueError: no question, too few cells, or a picture that is none.
+        OSError: a picture is not there.
+    """
+    cells = row.cells
+    if None in cells.values() or None in cells:
+        raise ValueError("the row has not as many cells as the first line")
+    pictures = _pictures(row, options)
+    return Sample(
+        id=cells["index"],
+        where=where,
+        question=question_of(cells, "question"),
+        pictures=pictures,
+        sizes=options.sizes_of(pictures),
+        answers=texts(cells.get("answer")),
+        options={letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)},
+        hint=cells.get("hint") or "",
+        category=first_of(cells, "category", "split") or "",
+    )
+
+
+def _pictures(row: TsvRow, options: ReadOptions) -> tuple[PictureSource, ...]:
+    image = row.cells.get("image") or ""
+    if 0 < len(image) <= _MAX_INDEX_LENGTH:
+        if len(row.images.get(image, "")) <= _MAX_INDEX_LENGTH:
+            raise ValueError(f"image names the row {image!r}, which is not there or has no picture of its own")
+        image = row.images[image]
+    if image:
+        return tuple(_decode(entry) for entry in listed(image))
+    return tuple(options.picture_path(name) for name in listed(row.cells.get("image_path")))
+
+
+def _decode(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the picture is not base64: {error}") from None

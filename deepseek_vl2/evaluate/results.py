@@ -1,0 +1,80 @@
+"""From judged answers to numbers: overall and by category, each with its 95 % interval. Scores are in percent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_vl2.evaluate.intervals import Interval, bootstrap_interval, wilson_interval
+from deepseek_vl2.evaluate.metrics import BoxCounts
+
+DIGITS = 2
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of some records, which are of one task.
+
+    The score is the mean over samples; where boxes were counted it is the F1 of all boxes together.
+
+    Returns:
+        `score`, `interval` (`low`, `high`, `method`), `num_samples`, `num_unreadable`; `num_right` where every score is
+        0 or 1; `mean_iou` where one box is asked for; `precision` and `recall` where several are.
+    """
+    scores = np.array([record["score"] for record in records], dtype=np.float64)
+    summary: dict[str, Any] = {"num_samples": len(records)}
+    summary["num_unreadable"] = sum(not record["is_readable"] for record in records)
+    if "counts" in records[0]:
+        rows = np.array([record["counts"] for record in records], dtype=np.float64)
+        total = _total(rows)
+        interval = bootstrap_interval(rows, lambda drawn: _total(drawn).f1)
+        summary |= {"precision": _percent(total.precision), "recall": _percent(total.recall)}
+        return _with_score(summary, total.f1, interval)
+    if np.isin(scores, (0.0, 1.0)).all():
+        summary["num_right"] = int(scores.sum())
+        interval = wilson_interval(summary["num_right"], len(records))
+    else:
+        interval = bootstrap_interval(scores, lambda drawn: float(drawn.mean()))
+    if "iou" in records[0]:
+        summary["mean_iou"] = _percent(float(np.mean([record["iou"] for record in records])))
+    return _with_score(summary, float(scores.mean()), interval)
+
+
+def _total(rows: NDArray[np.float64]) -> BoxCounts:
+    matched, found, expected = rows.sum(axis=0).astype(int).tolist()
+    return BoxCounts(matched, found, expected)
+
+
+def _percent(value: float) -> float:
+    return round(100 * value, DIGITS)
+
+
+def _with_score(summary: dict[str, Any], score: float, interval: Interval) -> dict[str, Any]:
+    bounds = {"low": _percent(interval.low), "high": _percent(interval.high), "method": interval.method}
+    return {"score": _percent(score), "interval": bounds, **summary}
+
+
+def summarize_run(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers overall and by category; see `summarize`."""
+    categories = sorted({record["category"] for record in records} - {""})
+    by_category = {
+        category: summarize([record for record in records if record["category"] == category]) for category in categories
+    }
+    return {"overall": summarize(records), "by_category": by_category}
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The numbers as a table for the terminal."""
+    rows = [("all", results["overall"]), *results["by_category"].items()]
+    width = max(len("category"), *(len(name) for name, _ in rows))
+    extras = [name for name in ("mean_iou", "precision", "recall") if name in results["overall"]]
+    heads = "".join(f" {name.replace('_', ' '):>10}" for name in extras)
+    lines = [f"{'category':<{width}} {'samples':>8} {'score %':>8} {'95 % interval':>17}{heads} {'unreadable':>11}"]
+    for name, numbers in rows:
+        bounds = f"{numbers['interval']['low']:.2f} - {numbers['interval']['high']:.2f}"
+        values = "".join(f" {numbers[extra]:10.2f}" for extra in extras)
+        lines.append(
+            f"{name:<{width}} {numbers['num_samples']:8d} {numbers['score']:8.2f} {bounds:>17}{values} "
+            f"{numbers['num_unreadable']:11d}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""Asks the model: samples in batches, greedily; every answer is judged and written at once."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from deepseek_vl2.evaluate.predictions import PREDICTIONS_FILE, read_predictions
+from deepseek_vl2.evaluate.samples import BadEntry, Sample
+from deepseek_vl2.evaluate.tasks import Task
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.generation import check_prompt_length
+from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
+from deepseek_vl2.utils.io import LoadedModel, load_image
+
+
+class Asker:
+    """A model with the settings that a run asks it with.
+
+    Args:
+        loaded: model, processor and tokenizer.
+        task: how samples are asked and judged.
+        max_new_tokens: most tokens of an answer.
+        chunk_size: tokens to prefill at once, -1 for all.
+    """
+
+    def __init__(self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1) -> None:
+        self.model: DeepseekVLV2ForCausalLM = loaded.model
+        self.processor: DeepseekVLV2Processor = loaded.processor
+        self.task = task
+        self.max_new_tokens = max_new_tokens
+        self.chunk_size = chunk_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions of the model."""
+        return self.model.config.language_config.max_position_embeddings
+
+    def encode(self, sample: Sample) -> VLChatProcessorOutput:
+        """Encodes the question of a sample.
+
+        Raises:
+            ValueError: the processor refuses it, or it is longer than the model's positions.
+            OSError: a picture is not there any more.
+        """
+        pictures = [load_image(picture) for picture in sample.pictures]
+        if pictures and self.task.picture_scale != 1:
+            pictures[0] = _enlarged(pictures[0], self.task.picture_scale)
+        messages = self.task.messages(sample, pictures)
+        encoded = self.processor.process_one(conversations=messages, images=pictures, inference_mode=True)
+        check_prompt_length(len(encoded), self.model.config.language_config)
+        return encoded
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """Answers samples as one batch, special tokens of grounding kept."""
+        inputs = self.processor.batchify([self.encode(sample) for sample in samples])
+        inputs.to(self.model.device, dtype=self.model.dtype)
+        num_tokens = inputs.input_ids.shape[1]
+        prompt: dict[str, Any] = dict(inputs.items())
+        if self.chunk_size != -1:
+            names = ("input_ids", "images", "images_seq_mask", "images_spatial_crop", "attention_mask")
+            embeds, cache = self.model.incremental_prefilling(
+                **{name: inputs[name] for name in names}, chunk_size=self.chunk_size
+            )
+            prompt |= {"inputs_embeds": embeds, "past_key_values": cache}
+        output = self.model.generate(
+            **prompt,
+            do_sample=False,
+            max_new_tokens=min(self.max_new_tokens, self.max_tokens - num_tokens + 1),
+            pad_token_id=self.processor.pad_id,
+            eos_token_id=self.processor.eos_id,
+        )
+        return [self._text(row) for row in output[:, num_tokens:].tolist()]
+
+    def _text(self, row: list[int]) -> str:
+        end = row.index(self.processor.eos_id) if self.processor.eos_id in row else len(row)
+        return self.processor.decode(row[:end])
+
+
+def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BILINEAR)
+
+
+def find_too_long(asker: Asker, samples: Sequence[Sample]) -> list[BadEntry]:
+    """Encodes every sample once, so that a question without room in the model is found before the first is asked."""
+    problems = []
+    for sample in tqdm(samples, desc="Check lengths", unit="sample"):
+        try:
+            asker.encode(sample)
+        except ValueError as error:
+            problems.append(BadEntry(sample.where, str(error)))
+    return problems
+
+
+def run(asker: Asker, samples: Sequence[Sample], folder: Path, batch_size: int) -> list[dict[str, Any]]:
+    """Asks all samples that `folder` holds no answer to, and writes an answer as soon as it is there.
+
+    Batches are the same in a run that was stopped, so that its file is that of one that was not.
+
+    Returns:
+        The records of all samples.
+
+    Raises:
+        ValueError: the file in `folder` belongs to other samples.
+        OSError: it cannot be written.
+    """
+    records = read_predictions(folder, samples)
+    with (
+        (folder / PREDICTIONS_FILE).open("a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(samples), initial=len(records), desc="Ask", unit="sample") as bar,
+    ):
+        for record in _answers_after(len(records), asker, samples, batch_size):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            records.append(record)
+            bar.update()
+    return records
+
+
+def _answers_after(num_done: int, asker: Asker, samples: Sequence[Sample], batch_size: int) -> Iterator[dict[str, Any]]:
+    for start in range(num_done - num_done % batch_size, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        answers = asker.answer(batch)
+        for sample, answer in list(zip(batch, answers, strict=True))[max(num_done - start, 0) :]:
+            yield make_record(sample, answer, asker.task)
+
+
+def make_record(sample: Sample, answer: str, task: Task) -> dict[str, Any]:
+    """One line of the predictions: the sample, the answer, and what it is worth."""
+    judgement = task.judge(sample, answer)
+    record: dict[str, Any] = {"id": sample.id, "category": sample.category, "answer": answer}
+    record |= {
+        "understood": judgement.understood,
+        "is_readable": judgement.is_readable,
+        "score": round(judgement.score, 6),
+    }
+    optional: Mapping[str, Any] = {
+        "boxes": judgement.boxes or None,
+        "iou": None if judgement.iou is None else round(judgement.iou, 6),
+        "counts": judgement.counts,
+    }
+    return record | {name: value for name, value in optional.items() if value is not None}
