@@ -1,0 +1,350 @@
+"""Files of benchmarks: every form gives the same samples, and bad entries are named."""
+
+import base64
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from deepseek_vl2.evaluate.readers import choose_format, read_samples
+from deepseek_vl2.evaluate.readers.common import listed, read_box
+
+WIDTH, HEIGHT = 60, 40
+
+
+def take_all(sample):
+    """A task's check that refuses nothing."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (WIDTH, HEIGHT), color).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    return tmp_path
+
+
+def png(color="red", size=(WIDTH, HEIGHT)):
+    data = io.BytesIO()
+    Image.new("RGB", size, color).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def read(folder, name, content, form=None, **options):
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return read_samples(path, choose_format(path, form), take_all, **options)
+
+
+def tsv(*rows):
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def lines(*documents):
+    return "".join((doc if isinstance(doc, str) else json.dumps(doc)) + "\n" for doc in documents)
+
+
+# -- tables of VLMEvalKit ---------------------------------------------------------------------------------------------
+
+
+def test_tsv(folder):
+    red, wide = png(), png("green", (50, 20))
+    content = tsv(
+        {"index": 7, "image": red, "question": "What?", "answer": "B", "A": "cat", "B": "dog", "category": "animals"},
+        {"index": 8, "image": 7, "question": "And\nthis?", "answer": "['x', \"it's\"]", "hint": "Look."},
+        {"index": 9, "image": f"['{red}', '{wide}']", "question": "Both?", "answer": "5"},
+        {"index": 10, "question": "None?", "answer": "no"},
+    )
+    (first, second, third, fourth), problems = read(folder, "data.tsv", content)
+    assert problems == []
+    assert (first.id, first.where, first.question, first.category) == ("7", "line 2", "What?", "animals")
+    assert (first.answers, first.options, first.boxes) == (("B",), {"A": "cat", "B": "dog"}, None)
+    assert first.pictures == (base64.b64decode(red),)
+    assert first.sizes == ((WIDTH, HEIGHT),)
+    assert second.pictures == first.pictures
+    assert (second.where, second.question, second.hint) == ("line 4", "And\nthis?", "Look.")
+    assert (second.answers, second.options) == (("x", "it's"), {})
+    assert third.sizes == ((WIDTH, HEIGHT), (50, 20))
+    assert (fourth.pictures, fourth.sizes) == ((), ())
+
+
+def test_tsv_with_paths_and_cells_longer_than_the_csv_modules_limit(folder):
+    limit = csv.field_size_limit()
+    content = tsv({"index": 1, "image_path": "['a.png', 'b.png']", "question": "q" * 200_000, "answer": "1"})
+    (sample,), _ = read(folder, "data.tsv", content)
+    assert sample.pictures == (str(folder / "a.png"), str(folder / "b.png"))
+    assert len(sample.question) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": 99, "question": "q"}, "image names the row '99'"),
+        ({"image": 1, "question": "q"}, "image names the row '1'"),  # itself
+        ({"image": "x" * 100 + "!", "question": "q"}, "not base64"),
+        ({"image": base64.b64encode(b"no picture" * 20).decode(), "question": "q"}, "not a picture"),
+        ({"image_path": "gone.png", "question": "q"}, "no picture 'gone.png'"),
+        ({"question": ""}, "no question"),
+        ({"question": "q", "answer": "[{}]"}, "an answer must be a text"),
+    ],
+)
+def test_bad_rows_of_a_table(folder, row, reason):
+    good = {"index": 2, "image": png(), "question": "q", "answer": "a"}
+    samples, (problem,) = read(folder, "data.tsv", tsv({"index": 1, "answer": "a", **row}, good))
+    assert [sample.id for sample in samples] == ["2"]
+    assert problem.where == "line 2"
+    assert reason in problem.reason
+
+
+def test_a_row_with_too_few_or_too_many_cells(folder):
+    content = "index\tquestion\tanswer\n1\tq\n2\tq\ta\textra\n3\tq\ta\n"
+    samples, problems = read(folder, "data.tsv", content)
+    assert [sample.id for sample in samples] == ["3"]
+    assert [problem.where for problem in problems] == ["line 2", "line 3"]
+
+
+def test_what_is_no_table_is_refused(folder):
+    with pytest.raises(ValueError, match="no column index and no question"):
+        read(folder, "data.tsv", "a\tb\n1\t2\n")
+    (folder / "binary.tsv").write_bytes(b"index\tquestion\n\xff\xfe\t\n")
+    with pytest.raises(ValueError, match="UTF-8"):
+        read_samples(folder / "binary.tsv", "tsv", take_all)
+
+
+# -- referring expressions --------------------------------------------------------------------------------------------
+
+ENTRY = {"image": "a.png", "sentence": "left cat ", "bbox": [10, 5, 30, 25], "width": WIDTH, "height": HEIGHT}
+
+
+def test_refcoco_list_says_how_its_boxes_are_written(folder):
+    entries = [
+        {**ENTRY, "bbox_format": "xyxy", "id": 5},
+        {**ENTRY, "bbox_format": "xywh", "split": "testA"},
+    ]
+    first, second = read(folder, "d.json", json.dumps(entries), "refcoco_list").samples
+    assert (first.id, first.question, first.boxes) == ("5", "left cat", ((10, 5, 30, 25),))
+    assert (second.where, second.category, second.boxes) == ("entry 2", "testA", ((10, 5, 40, 30),))
+
+
+@pytest.mark.parametrize("field", ["sentence", "caption", "sent"])
+def test_refcoco_lines_with_the_boxes_said_by_the_option(folder, field):
+    entry = {**ENTRY, field: "the cat"}
+    if field != "sentence":
+        del entry["sentence"]
+    (sample,), _ = read(folder, "d.jsonl", lines(entry), "refcoco_list", box_format="xywh")
+    assert (sample.question, sample.boxes, sample.where) == ("the cat", ((10, 5, 40, 30),), "line 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bbox_format": None}, "nothing says how boxes are written: give --box_format"),
+        ({"bbox_format": "cxcywh"}, "unknown form of boxes 'cxcywh'"),
+        ({"bbox": [10, 5, 62, 25]}, "not within the picture of 60x40"),
+        ({"bbox": [-2, 5, 20, 25]}, "not within the picture"),
+        ({"bbox": [30, 5, 10, 25]}, "has no area"),
+        ({"bbox": [1, 2, 3]}, "four numbers"),
+        ({"bbox": [1, 2, 3, "4"]}, "four numbers"),
+        ({"bbox": None}, "no expected box"),
+        ({"width": 61}, "has 60x40 pixels, the file says 61x40"),
+        ({"image": "gone.png"}, "no picture 'gone.png'"),
+        ({"image": "broken.png"}, "broken"),
+        ({"image": None}, "by its path"),
+        ({"sentence": " "}, "no question"),
+    ],
+)
+def test_bad_referring_expressions(folder, change, reason):
+    entries = [{**ENTRY, "bbox_format": "xyxy", **change}, {**ENTRY, "bbox_format": "xyxy"}]
+    samples, (problem,) = read(folder, "d.json", json.dumps(entries), "refcoco_list")
+    assert len(samples) == 1
+    assert problem.where == "entry 1"
+    assert reason in problem.reason
+
+
+REFS = {
+    "refs": [
+        {
+            "ref_id": 1,
+            "ann_id": 11,
+            "image_id": 21,
+            "split": "val",
+            "sentences": [{"sent_id": 31, "sent": "left cat"}, {"sent_id": 32, "sent": "red cat"}],
+        },
+        {"ref_id": 2, "ann_id": 12, "image_id": 99, "split": "val", "sentences": [{"sent_id": 33, "sent": "dog"}]},
+        {"ref_id": 3, "ann_id": 12, "image_id": 21, "sentences": []},
+    ],
+    "instances": {
+        "annotations": [{"id": 11, "bbox": [10, 5, 30, 25]}, {"id": 12, "bbox": [0, 0, 5, 5]}],
+        "images": [{"id": 21, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}],
+    },
+}
+
+
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_refcoco_refs(folder, is_nested):
+    document = REFS if is_nested else {"refs": REFS["refs"], **REFS["instances"]}
+    samples, problems = read(folder, "d.json", json.dumps(document), "refcoco_refs")
+    assert [(sample.id, sample.question, sample.category) for sample in samples] == [
+        ("31", "left cat", "val"),
+        ("32", "red cat", "val"),
+    ]
+    assert samples[0].boxes == ((10, 5, 40, 30),)  # COCO writes x, y, width, height
+    assert [problem.where for problem in problems] == ["ref 2, sentence 1", "ref 3"]
+    assert "no image 99" in problems[0].reason
+
+
+def test_refcoco_refs_needs_its_three_lists(folder):
+    with pytest.raises(ValueError, match="lists refs, annotations and images"):
+        read(folder, "d.json", json.dumps({"refs": []}), "refcoco_refs")
+
+
+# -- lmms-eval --------------------------------------------------------------------------------------------------------
+
+
+def test_lmms_eval(folder):
+    content = lines(
+        {"doc_id": 3, "doc": {"question": "Q?", "answers": ["x", "y"], "image": "a.png"}, "target": "x"},
+        {"doc_id": 4, "doc": {"question": "Q?", "image_path": ["a.png", "b.png"]}, "target": "z"},
+        {"question": "Q?", "options": ["cat", "dog"], "answer": "dog", "id": "own", "category": "animals"},
+        {"question": "Q?", "options": "['cat', 'dog']", "answer": "A"},
+        {"question": "Q?", "A": "cat", "B": "dog", "answer": "B"},
+    )
+    samples, problems = read(folder, "d.jsonl", content, "lmms_eval")
+    assert problems == []
+    assert [sample.id for sample in samples] == ["3", "4", "own", "line 4", "line 5"]
+    assert [sample.answers for sample in samples] == [("x", "y"), ("z",), ("B",), ("A",), ("B",)]
+    assert samples[1].pictures == (str(folder / "a.png"), str(folder / "b.png"))
+    assert samples[2].options == samples[3].options == samples[4].options == {"A": "cat", "B": "dog"}
+    assert samples[2].category == "animals"
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+QUESTION = {"role": "<|User|>", "content": "<image>\nWhere?", "images": ["a.png"]}
+GROUNDED = "<|ref|>cat<|/ref|><|det|>[[0, 0, 999, 500]]<|/det|>"
+
+
+def test_conversations(folder):
+    content = lines(
+        {"id": "one", "conversations": [QUESTION], "answer": "left", "boxes": [[1, 2, 30, 20]], "category": "c"},
+        {"messages": [QUESTION, {"role": "<|Assistant|>", "content": GROUNDED}]},
+        "",
+        {"messages": [{**QUESTION, "content": "Where?", "role": "user"}], "answers": ["a", 2], "options": {"A": "x"}},
+        {
+            "messages": [QUESTION, {"role": "assistant", "content": "Here."}, {"role": "user", "content": "Sure?"}],
+            "answer": "yes",
+        },
+    )
+    (first, second, third, fourth), problems = read(folder, "d.jsonl", content)
+    assert problems == []
+    assert (first.id, first.question, first.category) == ("one", "Where?", "c")
+    assert (first.answers, first.boxes) == (("left",), ((1, 2, 30, 20),))
+    assert first.messages == ({**QUESTION, "images": [str(folder / "a.png")]},)
+    assert (second.where, second.answers, second.boxes) == ("line 2", (GROUNDED,), ((0, 0, 60, 20),))
+    assert third.messages[0]["content"] == "<image>\nWhere?"  # the mark is put in front
+    assert (third.answers, third.options, third.boxes) == (("a", "2"), {"A": "x"}, None)
+    assert (fourth.question, len(fourth.messages), fourth.sizes) == ("Sure?", 3, ((WIDTH, HEIGHT),))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{no json", "not JSON"),
+        ("[1]", "must be an object"),
+        ({"doc": {}}, "--format"),
+        ({"messages": [QUESTION["content"]]}, "message 0 must be an object"),
+        ({"messages": [{**QUESTION, "role": "robot"}]}, "unknown role 'robot'"),
+        ({"messages": [{"role": "<|Assistant|>", "content": "Yes."}]}, "must end with a question"),
+        ({"messages": [{**QUESTION, "images": ["gone.png"]}]}, "no picture 'gone.png'"),
+        ({"messages": [{**QUESTION, "images": ["broken.png"]}]}, "broken"),
+        ({"messages": [{**QUESTION, "images": "a.png"}]}, "list of paths"),
+        ({"messages": [{**QUESTION, "images": []}]}, "1 <image> mark(s) for 0 picture(s)"),
+        ({"messages": [QUESTION], "boxes": [[0, 0, 99, 9]]}, "not within the picture"),
+        ({"messages": [QUESTION], "boxes": "none"}, "must be a list of boxes"),
+        ({"messages": [{"role": "user", "content": "Hi"}], "boxes": []}, "boxes need a picture"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": "<|det|>[[1"}]}, "malformed boxes"),
+        ({"messages": [QUESTION], "options": ["x"]}, "'options' must be an object"),
+        ({"messages": [QUESTION], "id": "good"}, "that of line 2, too"),
+    ],
+)
+def test_bad_conversations(folder, line, reason):
+    good = {"id": "good", "messages": [QUESTION], "answer": "a"}
+    samples, (problem,) = read(folder, "d.jsonl", "\n" + lines(good, line))
+    assert [sample.id for sample in samples] == ["good"]
+    assert problem.where == "line 3"
+    assert reason in problem.reason
+
+
+def test_a_line_that_is_not_utf8(folder):
+    (folder / "d.jsonl").write_bytes(b"{}\xff\n")
+    _, (problem,) = read_samples(folder / "d.jsonl", "conversations", take_all)
+    assert "not UTF-8" in problem.reason
+
+
+# -- what all share ---------------------------------------------------------------------------------------------------
+
+
+def test_all_bad_entries_are_named_and_the_check_counts(folder):
+    def refuse(sample):
+        raise ValueError("no answer to compare with")
+
+    path = folder / "d.jsonl"
+    path.write_text(lines({"messages": [QUESTION]}, "{", {"messages": [QUESTION]}))
+    samples, problems = read_samples(path, "conversations", refuse)
+    assert samples == []
+    assert [str(problem) for problem in problems][::2] == [
+        "line 1: no answer to compare with",
+        "line 3: no answer to compare with",
+    ]
+    assert problems[1].where == "line 2"
+
+
+@pytest.mark.parametrize(("form", "content"), [("conversations", "\n"), ("refcoco_list", "[]"), ("lmms_eval", "")])
+def test_empty_files_are_refused(folder, form, content):
+    with pytest.raises(ValueError, match="empty"):
+        read(folder, "d.json", content, form)
+
+
+def test_limit_and_picture_root(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    content = lines(*({"messages": [QUESTION], "answer": "a"} for _ in range(3)))
+    samples, _ = read(elsewhere, "d.jsonl", content, limit=2, picture_root=folder)
+    assert [sample.where for sample in samples] == ["line 1", "line 2"]
+
+
+def test_the_form_is_named_where_the_ending_does_not_say_it(tmp_path):
+    assert choose_format(tmp_path / "x.TSV") == "tsv"
+    assert choose_format(tmp_path / "x.jsonl") == "conversations"
+    assert choose_format(tmp_path / "x.jsonl", "lmms_eval") == "lmms_eval"
+    with pytest.raises(ValueError, match="--format"):
+        choose_format(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("cell", "entries"),
+    [
+        ("['a', 'b']", ["a", "b"]),
+        ('["a"]', ["a"]),
+        ("[sic] text [here]", ["[sic] text [here]"]),
+        ("[]", []),
+        ("", []),
+        (None, []),
+        ("a, b", ["a, b"]),
+        ((1, 2), [1, 2]),
+        (0, [0]),
+    ],
+)
+def test_lists_in_cells(cell, entries):
+    assert listed(cell) == entries
+
+
+def test_a_box_may_end_a_fraction_of_a_pixel_outside():
+    assert read_box([-0.4, 0, 60.5, 40], "xyxy", (60, 40)) == (-0.4, 0, 60.5, 40)

@@ -1,0 +1,128 @@
+"""Asking a model: batches, the way through the cache, and runs that go on. The model has learnt nothing."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from deepseek_vl2.evaluate import runner
+from deepseek_vl2.evaluate.predictions import PREDICTIONS_FILE
+from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
+from deepseek_vl2.evaluate.samples import Sample
+from deepseek_vl2.evaluate.tasks import TASKS
+from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
+from deepseek_vl2.nano.scenes import random_scene
+from deepseek_vl2.utils.io import LoadedModel
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    processor = nano_processor()
+    return LoadedModel(processor.tokenizer, processor, untrained_nano(processor.tokenizer, seed=2).eval())
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    made = []
+    for number, size in enumerate([(112, 112), (224, 112), (112, 224), (150, 130), (112, 112)]):
+        path = folder / f"{number}.png"
+        random_scene(random.Random(number), size=size).draw().save(path)
+        question = " ".join(["What is it?"] * (number + 1))
+        made.append(Sample(str(number), f"line {number}", question, (str(path),), (size,), ("x",), category="c"))
+    return made
+
+
+def asker(loaded, task="exact_match", max_new_tokens=4, chunk_size=-1):
+    return Asker(loaded, TASKS[task], max_new_tokens, chunk_size)
+
+
+def test_a_batch_gives_each_samples_own_answer(loaded, samples):
+    alone = [asker(loaded).answer([sample])[0] for sample in samples]
+    assert len(set(alone)) > 1
+    assert asker(loaded).answer(samples) == alone
+
+
+def test_chunks_do_not_change_the_answers(loaded, samples):
+    assert asker(loaded, chunk_size=7).answer(samples) == asker(loaded).answer(samples)
+
+
+def test_max_new_tokens_limits_the_answer(loaded, samples):
+    (short,), (longer,) = (asker(loaded, max_new_tokens=n).answer(samples[:1]) for n in (1, 6))
+    assert longer.startswith(short) and len(longer) > len(short)
+
+
+def test_an_answer_ends_at_eos_and_keeps_grounding_marks(loaded, samples, monkeypatch):
+    processor = loaded.processor
+    ids = processor.encode("<|ref|>red<|/ref|>", bos=False, eos=True)
+
+    def generate(input_ids, **options):
+        new = torch.tensor([[*ids, processor.pad_id]] * len(input_ids))
+        return torch.cat((input_ids, new), dim=1)
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    assert asker(loaded).answer(samples[:2]) == ["<|ref|>red<|/ref|>"] * 2
+
+
+def test_mmmu_doubles_its_first_picture(loaded, samples):
+    choice = Sample(
+        "m", "line 1", "Which?", samples[0].pictures, samples[0].sizes, ("A",), options={"A": "x", "B": "y"}
+    )
+    assert asker(loaded, "mmbench").encode(choice).images_spatial_crop.tolist() == [[1, 1]]
+    assert asker(loaded, "mmmu").encode(choice).images_spatial_crop.tolist() == [[2, 2]]
+
+
+def test_questions_without_room_are_found_before_the_first_is_asked(loaded, samples):
+    long = Sample("long", "line 9", "word " * 5000, answers=("x",))
+    (problem,) = find_too_long(asker(loaded), [*samples[:2], long])
+    assert problem.where == "line 9"
+    assert "positions" in problem.reason
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_written", [0, 1, 2, 3, 4])
+def test_a_stopped_run_gives_the_file_of_one_that_was_not(loaded, samples, tmp_path, monkeypatch, num_written):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    records = run(asker(loaded), samples, whole, batch_size=2)
+    lines = (whole / PREDICTIONS_FILE).read_bytes().splitlines(keepends=True)
+    assert [json.loads(line) for line in lines] == json.loads(json.dumps(records))
+    assert [record["id"] for record in records] == [sample.id for sample in samples]
+    (stopped / PREDICTIONS_FILE).write_bytes(b"".join(lines[:num_written]) + lines[num_written][:9])
+    asked = []
+    answer = Asker.answer
+    monkeypatch.setattr(Asker, "answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch))
+    assert json.loads(json.dumps(run(asker(loaded), samples, stopped, batch_size=2))) == json.loads(json.dumps(records))
+    assert (stopped / PREDICTIONS_FILE).read_bytes() == (whole / PREDICTIONS_FILE).read_bytes()
+    assert sum(asked) == len(samples) - num_written + num_written % 2  # a batch is asked whole
+
+
+def test_every_answer_is_in_the_file_at_once(loaded, samples, tmp_path, monkeypatch):
+    seen = []
+
+    def answer(self, batch):
+        path = tmp_path / PREDICTIONS_FILE
+        seen.append(len(path.read_text(encoding="utf-8").splitlines()))
+        if len(seen) == 3:
+            raise Stopped
+        return ["x"] * len(batch)
+
+    monkeypatch.setattr(runner.Asker, "answer", answer)
+    with pytest.raises(Stopped):
+        run(asker(loaded), samples, tmp_path, batch_size=2)
+    assert seen == [0, 2, 4]
+
+
+def test_a_record_holds_answer_and_score(samples):
+    assert runner.make_record(samples[0], " X.", TASKS["exact_match"]) == {
+        "id": "0",
+        "category": "c",
+        "answer": " X.",
+        "understood": "X",
+        "is_readable": True,
+        "score": 1.0,
+    }
