@@ -25,6 +25,7 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, GROUNDING, IMAGE, REF_
 from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
 from deepseek_vl2.serve.streaming import AnswerStream
+from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
 
 EXAMPLE_IMAGE = Path(__file__).parent / "images" / "visual_grounding_1.jpeg"
@@ -32,6 +33,7 @@ EXAMPLE_PROMPT = f"{REF_START}the red star{REF_END}."
 PROMPT_FOR_PICTURES = f"{GROUNDING}Describe the picture."
 OUTPUT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_SEED = 2**63 - 1
+MORE_MEMORY = "--chunk_size 512, fewer or smaller pictures, or --device cpu"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -216,15 +218,6 @@ def answer(arguments: argparse.Namespace) -> None:
         print(f"The picture with {count} box{'es' if count > 1 else ''} is saved as {saved}.")
 
 
-def describe(error: Exception) -> str:
-    """One line on what went wrong."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "there is not enough memory; try --chunk_size 512, fewer or smaller pictures, or --device cpu"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     options = parse_arguments(arguments)
@@ -237,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"inference.py: error: {describe(error)}", file=sys.stderr)
+        print(f"inference.py: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
         return 2
     return 0
 

@@ -21,11 +21,13 @@ from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device, resolve_model_path
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+MORE_MEMORY = "a smaller --batch_size, --chunk_size 512 or --device cpu"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,15 +135,6 @@ def leave_out(samples: Sequence[Sample], problems: Sequence[BadEntry], skip_bad:
     return rest, len(problems)
 
 
-def describe(error: Exception) -> str:
-    """One line on what went wrong."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "there is not enough memory; try a smaller --batch_size, --chunk_size 512 or --device cpu"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; prints a table, then one line of JSON. Returns the exit code."""
     options = parse_arguments(arguments)
@@ -151,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{PROGRAM}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{PROGRAM}: error: {describe(error)}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
         return 2
     print(f"{results['task']}: {results['metric']}, report in {options.output / REPORT_FILE}")
     print(format_table(results))

@@ -35,11 +35,6 @@ class Asker:
         self.max_new_tokens = max_new_tokens
         self.chunk_size = chunk_size
 
-    @property
-    def max_tokens(self) -> int:
-        """Positions of the model."""
-        return self.model.config.language_config.max_position_embeddings
-
     def encode(self, sample: Sample) -> VLChatProcessorOutput:
         """Encodes the question of a sample.
 
@@ -55,31 +50,48 @@ class Asker:
         check_prompt_length(len(encoded), self.model.config.language_config)
         return encoded
 
-    @torch.inference_mode()
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """Answers samples as one batch, special tokens of grounding kept."""
-        inputs = self.processor.batchify([self.encode(sample) for sample in samples])
-        inputs.to(self.model.device, dtype=self.model.dtype)
-        num_tokens = inputs.input_ids.shape[1]
-        prompt: dict[str, Any] = dict(inputs.items())
-        if self.chunk_size != -1:
-            names = ("input_ids", "images", "images_seq_mask", "images_spatial_crop", "attention_mask")
-            embeds, cache = self.model.incremental_prefilling(
-                **{name: inputs[name] for name in names}, chunk_size=self.chunk_size
-            )
-            prompt |= {"inputs_embeds": embeds, "past_key_values": cache}
-        output = self.model.generate(
-            **prompt,
-            do_sample=False,
-            max_new_tokens=min(self.max_new_tokens, self.max_tokens - num_tokens + 1),
-            pad_token_id=self.processor.pad_id,
-            eos_token_id=self.processor.eos_id,
-        )
-        return [self._text(row) for row in output[:, num_tokens:].tolist()]
+        prompts = [self.encode(sample) for sample in samples]
+        return answer_batch(self.model, self.processor, prompts, self.max_new_tokens, self.chunk_size)
 
-    def _text(self, row: list[int]) -> str:
-        end = row.index(self.processor.eos_id) if self.processor.eos_id in row else len(row)
-        return self.processor.decode(row[:end])
+
+@torch.inference_mode()
+def answer_batch(
+    model: DeepseekVLV2ForCausalLM,
+    processor: DeepseekVLV2Processor,
+    prompts: Sequence[VLChatProcessorOutput],
+    max_new_tokens: int,
+    chunk_size: int = -1,
+) -> list[str]:
+    """Answers encoded questions greedily, as one batch, special tokens of grounding kept.
+
+    Args:
+        model: the model.
+        processor: of the model.
+        prompts: the questions.
+        max_new_tokens: most tokens of an answer; fewer where the model has no positions left.
+        chunk_size: tokens to prefill at once, -1 for all.
+    """
+    inputs = processor.batchify(prompts).to(model.device, dtype=model.dtype)
+    num_tokens = inputs["input_ids"].shape[1]
+    prompt: dict[str, Any] = dict(inputs.items())
+    if chunk_size != -1:
+        embeds, cache = model.incremental_prefilling(**prompt, chunk_size=chunk_size)
+        prompt |= {"inputs_embeds": embeds, "past_key_values": cache}
+    output = model.generate(
+        **prompt,
+        do_sample=False,
+        max_new_tokens=min(max_new_tokens, model.config.language_config.max_position_embeddings - num_tokens + 1),
+        pad_token_id=processor.pad_id,
+        eos_token_id=processor.eos_id,
+    )
+    return [_text(processor, row) for row in output[:, num_tokens:].tolist()]
+
+
+def _text(processor: DeepseekVLV2Processor, row: list[int]) -> str:
+    end = row.index(processor.eos_id) if processor.eos_id in row else len(row)
+    return processor.decode(row[:end])
 
 
 def _enlarged(picture: Image.Image, scale: int) -> Image.Image:

@@ -8,6 +8,7 @@ alone behind the beginning, so a picture is encoded once for all of its question
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -336,14 +337,15 @@ def join_cells(cells: Sequence[Cells]) -> Cells:
     return Cells(*(torch.cat([getattr(own, field.name) for own in cells]) for field in fields(Cells)))
 
 
-def cell_places(grid: TileGrid, side: int) -> list[int]:
+@lru_cache
+def cell_places(grid: TileGrid, side: int) -> tuple[int, ...]:
     """Place of each cell of each view [V * side * side] among the image tokens of a picture."""
     num_cells = grid.num_views * side**2
     cells = torch.arange(num_cells).view(grid.num_views, side**2, 1)
     no_cell = torch.tensor([-1])
     order = arrange_views(cells, grid, newline=no_cell, separator=no_cell)[:, 0].tolist()
     places = {cell: place for place, cell in enumerate(order)}
-    return [places[cell] for cell in range(num_cells)]
+    return tuple(places[cell] for cell in range(num_cells))
 
 
 def pointed_objects(processor: DeepseekVLV2Processor, example: Example, answer: Sequence[int]) -> list[list[int]]:

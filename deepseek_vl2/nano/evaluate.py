@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from deepseek_vl2.evaluate.metrics import IOU_THRESHOLD, match_boxes
+from deepseek_vl2.evaluate.runner import answer_batch
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
 from deepseek_vl2.nano.questions import EVAL_SPLIT, TASKS, Example, example_at
@@ -39,7 +39,6 @@ def judge(example: Example, answer: str) -> dict[str, float]:
     return {"accuracy": float(is_right), "iou": sum(scores) / len(scores)}
 
 
-@torch.inference_mode()
 def answer_examples(
     model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, examples: Sequence[Example]
 ) -> list[str]:
@@ -54,19 +53,7 @@ def answer_examples(
         )
         for example in examples
     ]
-    inputs = processor.batchify(prompts).to(model.device, dtype=model.dtype)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=processor.pad_id,
-        eos_token_id=processor.eos_id,
-    )
-    answers = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        end = row.index(processor.eos_id) if processor.eos_id in row else len(row)
-        answers.append(processor.decode(row[:end]))
-    return answers
+    return answer_batch(model, processor, prompts, MAX_NEW_TOKENS)
 
 
 def evaluate_task(

@@ -137,10 +137,11 @@ class DenseHeads(nn.Module):
         shape_targets = shape_ids.where(is_object, len(CELL_CLASSES))
         numbers = (cells.boxes.flatten(0, -2)[is_object].clamp(0, 1) * COORDINATE_MAX).round().long().flatten()
         rows = F.normalize(output_layer.weight[self.targets.number_ids].float(), dim=-1)
-        read = self.box(tokens[is_object]).unflatten(-1, (4, -1)).flatten(0, 1)
+        of_objects = tokens[is_object]
+        read = self.box(of_objects).unflatten(-1, (4, -1)).flatten(0, 1)
         log_probabilities = (read.float() @ rows.T).log_softmax(dim=-1)
         is_center = cells.is_center.flatten()[is_object].float()
-        centers = self.center(tokens[is_object])[:, 0].float()
+        centers = self.center(of_objects)[:, 0].float()
         center_losses = F.binary_cross_entropy_with_logits(centers, is_center, reduction="none")
         # As in `_mean`: the sum over none is 0.
         reduction = "mean" if has_color.any() else "sum"
@@ -189,7 +190,7 @@ class PointingLoss:
         # Column 0 takes cells without an object first, then the share of the first token.
         width = pointings.shares.shape[1]
         masses = torch.zeros(*attention.shape[:2], width)
-        masses = masses.scatter_add(2, self._as_heads((object_ids + 1).clamp(max=width - 1)), of_cells)
+        masses = masses.scatter_add(2, self._as_heads(object_ids + 1), of_cells)
         masses = torch.cat((attention[..., :1], masses[..., 1:]), dim=-1)
         losses = torch.special.xlogy(pointings.shares, pointings.shares).sum(-1)[:, None] - (
             pointings.shares[:, None] * (masses + 1e-6).log()

@@ -22,6 +22,7 @@ from deepseek_vl2.models.chat_format import Speaker, content_text, is_picture_pa
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 from deepseek_vl2.models.processor_inputs import check_messages
 from deepseek_vl2.serve.grounding import read_grounding
+from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import load_pil_images
 
 logger = logging.getLogger(__name__)
@@ -148,9 +149,7 @@ def _one_line(error: Exception) -> str:
         return f"the line is not UTF-8 text: {error.reason} at byte {error.start}"
     if isinstance(error, json.JSONDecodeError):
         return f"the line is not JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split())
+    return describe_error(error)
 
 
 def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> list[dict[str, Any]]:

@@ -38,6 +38,14 @@ LANGUAGE = {
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
 }
+VISION = {
+    "image_size": SIDE,
+    "patch_size": 14,
+    "width": 64,
+    "layers": 2,
+    "heads": 4,
+    "mlp_ratio": 3.7362,
+}
 ROUTERS: dict[str, dict[str, Any]] = {
     "greedy": {"topk_method": "greedy"},
     "group_limited_greedy": {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
@@ -68,14 +76,7 @@ def language_config(**changes: Any) -> DeepseekV2Config:
 def vl_config(language: dict[str, Any] | None = None, **changes: Any) -> DeepseekVLV2Config:
     """The small vision-language model."""
     parts = {
-        "vision_config": {
-            "image_size": SIDE,
-            "patch_size": 14,
-            "width": 64,
-            "layers": 2,
-            "heads": 4,
-            "mlp_ratio": 3.7362,
-        },
+        "vision_config": VISION,
         "projector_config": {"input_dim": 64, "n_embed": 48},
         "language_config": {**LANGUAGE, **(language or {})},
         "candidate_resolutions": [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]],

@@ -6,27 +6,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from small_models import MHA, ROUTERS, SIDE, VISION, vl_config
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.nano.tokenizer import build_tokenizer
 from deepseek_vl2.train import TrainConfig, train
 
-SIDE = 70
-MHA = {"use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
-NOAUX = {
-    "topk_method": "noaux_tc",
-    "n_group": 3,
-    "topk_group": 2,
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.0,
-}
+NOAUX = ROUTERS["noaux_tc"]
 # As in the published models tiny, small, base, and the router of groups that none of them uses.
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha_greedy": MHA,
     "mla_greedy": {},
     "mla_noaux": NOAUX,
-    "mla_groups": {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    "mla_groups": ROUTERS["group_limited_greedy"],
 }
 # All conversations have the same number of tokens, so that batches of any size hold no padding.
 COLORS = ("red", "blue", "green", "black", "cyan", "orange", "purple", "yellow")
@@ -45,41 +37,9 @@ def build_processor() -> DeepseekVLV2Processor:
 def build_config(processor: DeepseekVLV2Processor, **language: Any) -> DeepseekVLV2Config:
     """The small model's configuration, MLA and a greedy router unless told otherwise."""
     ids = {name: getattr(processor.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    sizes = {
-        "vocab_size": len(processor.tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 88,
-        "moe_intermediate_size": 56,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "n_shared_experts": 1,
-        "n_routed_experts": 12,  # more than ten: their keys do not sort by number
-        "num_experts_per_tok": 3,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 40,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 24,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }
-    return DeepseekVLV2Config(
-        vision_config={
-            "image_size": SIDE,
-            "patch_size": 14,
-            "width": 64,
-            "layers": 1,
-            "heads": 4,
-            "mlp_ratio": 3.7362,
-            "global_pool": "map",
-        },
-        projector_config={"input_dim": 64, "n_embed": 48},
-        language_config={**sizes, **ids, **language},
-        candidate_resolutions=[[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
-        **ids,
-    )
+    sizes = {"vocab_size": len(processor.tokenizer), "num_hidden_layers": 2, "n_shared_experts": 1}
+    vision = {**VISION, "layers": 1, "global_pool": "map"}
+    return vl_config({**sizes, **ids, **language}, vision_config=vision, **ids)
 
 
 def save_model(folder: Path, processor: DeepseekVLV2Processor, seed: int = 0, **language: Any) -> Path:
