@@ -19,6 +19,12 @@ LOOPBACK = ("127.", "::1", "localhost")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a whole module
+def pytest_runtest_setup() -> None:
+    """Takes back what an earlier test has set: how sums are shared out to threads decides about their last bits."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuses connections to other machines, so that no test comes to depend on one."""
