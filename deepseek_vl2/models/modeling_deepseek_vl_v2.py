@@ -1,6 +1,7 @@
 """The vision-language model: vision tower, projector, mosaic of image tokens, language model (arXiv:2412.10302)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,19 @@ def arrange_views(
     return torch.cat((first, separator[None], last))
 
 
+def _sources_of_views(views: torch.Tensor, grids: Sequence[TileGrid]) -> list[int]:
+    """For each view [V, 3, S, S] the first one of its picture with the same pixels.
+
+    A picture of one tile has its global view twice, so that half of the work can be left out.
+    """
+    sources, start = [], 0
+    for grid in grids:
+        is_twice = grid == TileGrid(1, 1) and torch.equal(views[start], views[start + 1])
+        sources += [start, start] if is_twice else range(start, start + grid.num_views)
+        start += grid.num_views
+    return sources
+
+
 def _end_rows(tokens: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
     """Rows of tokens [h, w, D] -> [h * (w + 1), D] with a newline token after each."""
     return torch.cat((tokens, newline.expand(tokens.shape[0], 1, -1)), dim=1).flatten(0, 1)
@@ -210,10 +224,13 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         if not any(num_views):
             return []
         views = torch.cat([row[:count] for row, count in zip(images, num_views, strict=True)])
-        vision_dtype = self.vision.pos_embed.dtype  # type: ignore[union-attr]
-        patches = self.vision(views.to(vision_dtype))  # [V, P*P, C]
-        tokens = self.projector(patches)  # [V, G*G, D]
         all_grids = [grid for row in grids for grid in row]
+        sources = _sources_of_views(views, all_grids)
+        places = {source: place for place, source in enumerate(sorted(set(sources)))}
+        vision_dtype = self.vision.pos_embed.dtype  # type: ignore[union-attr]
+        patches = self.vision(views[list(places)].to(vision_dtype))  # [distinct views, P*P, C]
+        tokens = self.projector(patches)  # [distinct views, G*G, D]
+        tokens = tokens[[places[source] for source in sources]]  # [V, G*G, D]
         tokens_of_pictures = tokens.split([grid.num_views for grid in all_grids])
         return [self._arrange_views(picture, grid) for picture, grid in zip(tokens_of_pictures, all_grids, strict=True)]
 

@@ -28,7 +28,7 @@ def nano_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekVLV2Config:
             width=WIDTH,
             layers=6,
             heads=6,
-            mlp_ratio=3.7362,
+            mlp_ratio=4.0,
             global_pool="",
         ),
         projector_config=MlpProjectorConfig(input_dim=WIDTH, n_embed=WIDTH),
@@ -37,7 +37,7 @@ def nano_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekVLV2Config:
             hidden_size=WIDTH,
             intermediate_size=512,
             moe_intermediate_size=64,
-            num_hidden_layers=5,
+            num_hidden_layers=6,
             num_attention_heads=6,
             num_key_value_heads=6,
             n_shared_experts=1,
@@ -85,7 +85,8 @@ def untrained_nano(tokenizer: PreTrainedTokenizerFast, seed: int) -> DeepseekVLV
 def _start_positions(model: DeepseekVLV2ForCausalLM) -> None:
     """Starts the learned patch positions as waves across and down, which the tower would have to find otherwise."""
     side, width = VIEW_SIDE // PATCH_SIDE, WIDTH
-    frequencies = torch.pi * torch.arange(1, width // 4 + 1) / side / 4
+    # At most a quarter of a wave a patch: the farther two patches are, the less they are alike.
+    frequencies = torch.pi * torch.linspace(1 / 4 / side, 1 / 2, width // 4)
     angles = torch.arange(side)[:, None] * frequencies
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # [side, width / 2]
     down = waves[:, None].expand(-1, side, -1)

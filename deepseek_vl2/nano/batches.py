@@ -1,129 +1,121 @@
 """Training batches for nano: views by themselves for the tower, then pictures with questions.
 
-In a batch of questions a row is a shared beginning (the user's mark and the picture) and, one after the other,
-questions with their answers that do not see each other. Attention and positions are those of each question standing
-alone behind the beginning, so a picture is encoded once for all of its questions and the model learns single questions.
+In a batch of questions a row is a shared beginning (the user's mark and the pictures) and, one after the other,
+conversations that do not see each other. Attention and positions are those of each conversation standing alone behind
+the beginning, so pictures are encoded once for all of their questions and the model learns single conversations.
 """
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.modeling_deepseek_vl_v2 import arrange_views
-from deepseek_vl2.models.special_tokens import ASSISTANT, DET_END, DET_START, IMAGE, REF_END, REF_START, USER
-from deepseek_vl2.models.tiling import TileGrid, choose_grid
-from deepseek_vl2.nano.questions import (
-    MAX_COUNT,
-    TASKS,
-    TRAIN_SPLIT,
-    Example,
-    counting_scene,
-    dense_targets,
-    make_count,
-    split_rng,
-    view_rectangles,
-)
-from deepseek_vl2.nano.scenes import Scene, Size, random_scene, random_size
+from deepseek_vl2.models.special_tokens import ASSISTANT, USER
+from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, choose_grid
+from deepseek_vl2.nano import questions
+from deepseek_vl2.nano.layouts import chart_scene, table_cells, table_scene, text_scene
+from deepseek_vl2.nano.questions import MAX_COUNT, Example, Piece, Target, counting_scene, split_rng
+from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
+from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
+from deepseek_vl2.nano.targets import Cells, cells_of, join_cells, letter_places, view_rectangles
+from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 
 IGNORE_ID = -100
-BEGINNING = f"{USER}: {IMAGE}"
-# How often each task is asked of a scene.
-TASK_WEIGHTS = {"locate": 28.0, "locate_all": 8.0, "count": 44.0, "color": 10.0, "shape": 6.0, "read": 6.0}
-DESCRIBE_PROBABILITY = 0.3
-MAX_QUESTIONS = 9
-COUNTING_SCENE_PROBABILITY = 0.5
-MIN_COVER = 0.1
 # Attention that counts n objects leaves 3 / (n + 3) with the beginning, so that what it brings together tells n.
 BEGINNING_SHARE = 3.0
-# The tokens that end a box, in the tokenizer's spelling (Ġ is a space).
-BOX_ENDS = ("],Ġ[", "]]")
 ONE_TILE = TileGrid(1, 1)
 LARGER_GRIDS = (TileGrid(1, 2), TileGrid(2, 1), TileGrid(2, 2))
 LARGER_GRID_WEIGHTS = (1, 1, 3)
-
-
-@dataclass
-class Cells:
-    """What each image token should see. V views, G image tokens a side.
-
-    Attributes:
-        object_ids: Index of the object in its scene [V, G, G]; -1 for nothing.
-        shape_ids: Class [V, G, G]; -1 for nothing.
-        color_ids: Colour [V, G, G]; -1 for nothing or text.
-        is_center: Whether the cell is the one of its object nearest to the object's middle, [V, G, G]: one cell of the
-            global view and one of all tiles.
-        boxes: Box x1, y1, x2, y2 of the object, [V, G, G, 4], as parts of the picture or of the view, see `cells_of`.
-    """
-
-    object_ids: torch.Tensor
-    shape_ids: torch.Tensor
-    color_ids: torch.Tensor
-    is_center: torch.Tensor
-    boxes: torch.Tensor
-
-    def chosen(self, views: Sequence[int]) -> "Cells":
-        """Those of some views."""
-        return Cells(*(getattr(self, field.name)[views] for field in fields(self)))
+# What pictures show, and how often.
+SCENE_KINDS = {"shapes": 35, "counting": 20, "text": 19, "table": 13, "chart": 13}
+# How many pictures a batch's rows have, and how often.
+NUM_PICTURES = {1: 76, 2: 12, 3: 12}
+# How often each question is asked of shapes, beside a description once in a while.
+SHAPE_QUESTIONS = {
+    questions.make_locate: 20,
+    questions.make_locate_zh: 13,
+    questions.make_locate_all: 9,
+    questions.make_count: 34,
+    questions.make_color: 8,
+    questions.make_shape: 7,
+    questions.make_ground: 8,
+    questions.make_follow_up: 9,
+    questions.make_parts: 4,
+    questions.make_read: 6,
+}
+TEXT_QUESTIONS = {
+    questions.make_read: 50,
+    questions.make_read_all: 25,
+    questions.make_locate: 5,
+    questions.make_color: 3,
+}
+CHART_QUESTIONS = {questions.make_bar: 80, questions.make_locate: 10}
+DESCRIBE_PROBABILITY = 0.25
+MAX_QUESTIONS = 9
+NUMBERED_PROBABILITY = 0.6
+# Of shapes alone: how often they are small, and how often one is marked.
+SMALL_PROBABILITY = 0.15
+MARKED_PROBABILITY = 0.15
 
 
 class Pointing(NamedTuple):
-    """One of `Pointings`, in its row."""
+    """Where attention from a token of an answer should go, in its row.
+
+    Attributes:
+        position: The token, one before those that it is about.
+        groups: For each group the cells that show the same thing, as indices into the cells of the row.
+        shares: Part of the attention for the first token, then for each group. Sums to 1.
+    """
 
     position: int
+    groups: list[list[int]]
     shares: list[float]
-    is_count: bool
     weight: float
 
 
 @dataclass
 class Pointings:
-    """Where attention from tokens of answers should go: to the objects that the next token is about. P pointings.
+    """Pointings of a batch. P pointings, C cells a row at most, K groups at most.
 
     Attributes:
         rows: Row of the batch [P].
         positions: Token that attends [P].
-        shares: Part of the attention [P, 1 + O]: for the first token, then for each object of the scene. Sums to 1.
-        is_count: Whether objects are counted, [P]: then only the middle of each object counts.
+        group_ids: Group of each cell of the row [P, C]; -1 for none.
+        shares: [P, 1 + K], see `Pointing`.
         weights: [P]; those of a question sum to 1.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
+    group_ids: torch.Tensor
     shares: torch.Tensor
-    is_count: torch.Tensor
     weights: torch.Tensor
 
 
 @dataclass
-class ViewBatch:
-    """Views without questions: views [V, 3, S, S] and what their tokens should see."""
-
-    views: torch.Tensor
-    cells: Cells
-
-
-@dataclass
 class AnswerBatch:
-    """Pictures with questions. B rows, T tokens, V views a row.
+    """Pictures with questions. B rows, T tokens, V views a row at most, N cells in all rows.
 
     Attributes:
         input_ids: [B, T].
         labels: [B, T], `IGNORE_ID` outside answers; position t is predicted from t - 1.
         position_ids: [B, T].
-        segments: [B, T]; 0 for the beginning, k for question k, -1 for padding on the right.
+        segments: [B, T]; 0 for the beginning, k for conversation k, -1 for padding on the right.
+        question_ids: Number of the question in its row, [B, T]; 0 outside answers.
         images_seq_mask: [B, T].
         images: [B, V, 3, S, S].
-        images_spatial_crop: [B, 1, 2].
-        cells: Of all B * V views, boxes as parts of the picture.
-        cell_positions: Token of each cell of a row's views, [B, V * G * G].
+        images_spatial_crop: [B, I, 2].
+        cells: Of the views of all rows, boxes as parts of the picture.
+        cell_rows: Row of each cell [N].
+        cell_positions: Token of each cell [N].
+        cell_table: Token of each cell of each row [B, C]; 0 where a row has fewer.
         pointings: Where attention from answers should go.
     """
 
@@ -131,15 +123,18 @@ class AnswerBatch:
     labels: torch.Tensor
     position_ids: torch.Tensor
     segments: torch.Tensor
+    question_ids: torch.Tensor
     images_seq_mask: torch.Tensor
     images: torch.Tensor
     images_spatial_crop: torch.Tensor
     cells: Cells
+    cell_rows: torch.Tensor
     cell_positions: torch.Tensor
+    cell_table: torch.Tensor
     pointings: Pointings
 
     def attention_mask(self) -> torch.Tensor:
-        """Which tokens each token may see, [B, 1, T, T]: earlier ones of the beginning and of its own question."""
+        """Which tokens each token may see, [B, 1, T, T]: earlier ones of the beginning and of its own conversation."""
         queries, keys = self.segments[:, :, None], self.segments[:, None]
         num_tokens = self.segments.shape[1]
         is_earlier = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
@@ -179,6 +174,14 @@ class Curriculum:
         return first + (last - first) * progress
 
 
+@dataclass
+class ViewBatch:
+    """Views without questions: views [V, 3, S, S] and what their tokens should see."""
+
+    views: torch.Tensor
+    cells: Cells
+
+
 class ViewBatches(Dataset[ViewBatch]):
     """Batch `i` of views, drawn from its seed alone, so that a run can go on anywhere.
 
@@ -201,54 +204,14 @@ class ViewBatches(Dataset[ViewBatch]):
         views: list[torch.Tensor] = []
         cells: list[Cells] = []
         while len(views) < self.batch_size:
-            grid = ONE_TILE if rng.random() < 0.6 else _larger_grid(rng)
+            grid = ONE_TILE if rng.random() < 0.4 else _larger_grid(rng)
             scene = draw_scene(rng, self.processor, grid, (1, MAX_COUNT))
             all_views = self.processor.image_transform.views(scene.draw(), grid, self.processor.image_size)
-            chosen = [0] if grid == ONE_TILE else [0, rng.randint(1, grid.num_tiles)]
+            tiles = range(1, 1 + grid.num_tiles)
+            chosen = [0] if grid == ONE_TILE else [0, *rng.sample(tiles, 2)]
             views += [all_views[number] for number in chosen]
             cells.append(cells_of(self.processor, scene, grid, is_by_view=True).chosen(chosen))
         return ViewBatch(torch.stack(views), join_cells(cells))
-
-
-class AnswerBatches(Dataset[AnswerBatch]):
-    """Batch `i` of pictures with questions, drawn from its seed alone, so that a run can go on anywhere.
-
-    Args:
-        processor: nano's processor.
-        curriculum: What to draw when.
-        batch_size: Pictures a batch.
-        tokens_a_picture: Tokens of questions and answers for each picture; as many are asked as fit.
-        split: Name of the stream of seeds.
-    """
-
-    def __init__(
-        self,
-        processor: DeepseekVLV2Processor,
-        curriculum: Curriculum,
-        batch_size: int,
-        tokens_a_picture: int,
-        split: str = TRAIN_SPLIT,
-    ) -> None:
-        self.processor = processor
-        self.curriculum = curriculum
-        self.batch_size = batch_size
-        self.tokens_a_picture = tokens_a_picture
-        self.split = split
-
-    def __len__(self) -> int:
-        return self.curriculum.num_batches
-
-    def __getitem__(self, index: int) -> AnswerBatch:
-        rng = split_rng(self.split, index)
-        # All pictures of a batch have the same number of views, so that they stack.
-        grid = ONE_TILE if rng.random() < self.curriculum.small_share(index) else _larger_grid(rng)
-        rows: list[dict[str, Any]] = []
-        while len(rows) < self.batch_size:
-            scene = draw_scene(rng, self.processor, grid, self.curriculum.num_objects(index))
-            row = encode_row(self.processor, scene, ask(rng, scene), self.tokens_a_picture)
-            if max(row["segments"]) > 0:
-                rows.append(row)
-        return collate(rows, self.processor.pad_id)
 
 
 def _larger_grid(rng: random.Random) -> TileGrid:
@@ -258,19 +221,30 @@ def _larger_grid(rng: random.Random) -> TileGrid:
 def draw_scene(
     rng: random.Random, processor: DeepseekVLV2Processor, grid: TileGrid, num_objects: tuple[int, int]
 ) -> Scene:
-    """Draws a scene whose picture is tiled to a grid, sometimes one to count in."""
-    size = _size_for(rng, processor, grid)
-    if rng.random() < COUNTING_SCENE_PROBABILITY:
+    """Draws a scene of one of `SCENE_KINDS` whose picture is tiled to a grid."""
+    kind = rng.choices(list(SCENE_KINDS), list(SCENE_KINDS.values()))[0]
+    size = _size_for(rng, processor, grid, is_for_text=kind in ("text", "table", "chart"))
+    if kind == "text":
+        return text_scene(rng, size=size)
+    if kind == "table":
+        return table_scene(rng, size=size)
+    if kind == "chart":
+        return chart_scene(rng, size=size)
+    if kind == "counting":
         return counting_scene(rng, rng.randint(1, min(MAX_COUNT, num_objects[1])), size=size)
-    return random_scene(rng, size=size, num_objects=num_objects)
+    if grid != ONE_TILE and rng.random() < SMALL_PROBABILITY:
+        return small_scene(rng, size=size)
+    scene = random_scene(rng, size=size, num_objects=num_objects)
+    return mark_object(rng, scene) if rng.random() < MARKED_PROBABILITY else scene
 
 
-def _size_for(rng: random.Random, processor: DeepseekVLV2Processor, grid: TileGrid) -> Size:
+def _size_for(rng: random.Random, processor: DeepseekVLV2Processor, grid: TileGrid, is_for_text: bool) -> Size:
+    """A picture size that is tiled to a grid; of one tile mostly full ones for text, to be readable."""
     side = processor.image_size
     while True:
         if grid != ONE_TILE:
             size = random_size(rng)
-        elif rng.random() < 0.3:
+        elif rng.random() < (0.7 if is_for_text else 0.3):
             size = (side, side)
         else:
             size = (rng.randint(side // 2, side), rng.randint(side // 2, side))
@@ -278,63 +252,91 @@ def _size_for(rng: random.Random, processor: DeepseekVLV2Processor, grid: TileGr
             return size
 
 
-def ask(rng: random.Random, scene: Scene, num_questions: int = MAX_QUESTIONS) -> Iterator[Example]:
-    """Asks a scene several questions, leaving out tasks that do not fit it."""
-    if rng.random() < DESCRIBE_PROBABILITY:
-        example = TASKS["describe"](rng, scene)
-        if example is not None:
-            yield example
-    for task in rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()), k=num_questions):
-        if task == "count":
-            # Wanted counts are drawn evenly, zero once in ten; a scene without the count gives whatever it has.
-            wanted = 0 if rng.random() < 0.1 else rng.randint(1, MAX_COUNT)
-            example = make_count(rng, scene, wanted) or make_count(rng, scene)
-        else:
-            example = TASKS[task](rng, scene)
-        if example is not None:
-            yield example
-
-
-def cells_of(processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, is_by_view: bool) -> Cells:
-    """What each image token of each view of a scene should see.
+class AnswerBatches(Dataset[AnswerBatch]):
+    """Batch `i` of pictures with questions, drawn from its seed alone, so that a run can go on anywhere.
 
     Args:
         processor: nano's processor.
-        scene: The scene.
-        grid: Its tiles.
-        is_by_view: Whether boxes in tiles are parts of the tile, reaching beyond 0 and 1 where the object does: all
-            that the tower can know. Otherwise they are parts of the whole picture, as in global views.
+        curriculum: What to draw when.
+        batch_size: Rows a batch; half as many where each has two large pictures.
+        max_tokens: Tokens of questions and answers of a row; as many are asked as fit.
+        split: Name of the stream of seeds.
     """
-    rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
-    targets = dense_targets(scene, rectangles, processor.num_tokens_per_side, MIN_COVER)
-    boxes = targets.boxes
-    if is_by_view:
-        pixels = boxes[1:] * np.array(scene.size * 2)
-        origins = rectangles[1:, None, None, [0, 1, 0, 1]]
-        extents = (rectangles[1:, 2:] - rectangles[1:, :2])[:, None, None, [0, 1, 0, 1]]
-        boxes = np.concatenate([boxes[:1], (pixels - origins) / extents]).astype(np.float32)
-    is_center = _centers(scene, rectangles, targets.presence)
-    arrays = (targets.presence, targets.shape_ids, targets.color_ids, is_center, boxes)
-    return Cells(*(torch.from_numpy(array) for array in arrays))
+
+    def __init__(
+        self,
+        processor: DeepseekVLV2Processor,
+        curriculum: Curriculum,
+        batch_size: int,
+        max_tokens: int,
+        split: str = TRAIN_SPLIT,
+    ) -> None:
+        self.processor = processor
+        self.curriculum = curriculum
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.split = split
+
+    def __len__(self) -> int:
+        return self.curriculum.num_batches
+
+    def __getitem__(self, index: int) -> AnswerBatch:
+        rng = split_rng(self.split, index)
+        num_pictures = rng.choices(list(NUM_PICTURES), list(NUM_PICTURES.values()))[0]
+        is_small = rng.random() < self.curriculum.small_share(index)
+        # Rows of a batch have pictures of about the same size, so that little is padded.
+        num_rows = self.batch_size // 2 if num_pictures == 2 and not is_small else self.batch_size
+        rows: list[dict[str, Any]] = []
+        while len(rows) < num_rows:
+            grids = [ONE_TILE if is_small else _larger_grid(rng) for _ in range(num_pictures)]
+            scenes, examples = self._ask(rng, grids, self.curriculum.num_objects(index))
+            is_numbered = num_pictures == 3 and rng.random() < NUMBERED_PROBABILITY
+            row = encode_row(self.processor, scenes, examples, self.max_tokens, is_numbered)
+            if max(row["segments"]) > 0:
+                rows.append(row)
+        return collate(rows, self.processor.pad_id)
+
+    def _ask(
+        self, rng: random.Random, grids: Sequence[TileGrid], num_objects: tuple[int, int]
+    ) -> tuple[Sequence[Scene], Iterable[Example]]:
+        """Draws pictures for grids, and questions about them."""
+        if len(grids) == 1:
+            scene = draw_scene(rng, self.processor, grids[0], num_objects)
+            return [scene], ask(rng, scene)
+        scenes: Sequence[Scene]
+        if len(grids) == 2:
+            sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
+            scenes = in_context_scenes(rng, sizes=sizes, num_objects=(1, max(2, num_objects[1] - 1)))
+            found = [make_in_context(rng, scenes)]
+        else:
+            # Three pictures are never cut into tiles, however large they are.
+            sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
+            scenes = compared_scenes(rng, sizes=sizes)
+            found = [make_compare(rng, scenes) for _ in range(MAX_QUESTIONS)]
+        return scenes, [example for example in found if example is not None]
 
 
-def _centers(scene: Scene, rectangles: NDArray[np.float64], presence: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """See `Cells.is_center`; rectangles [V, 4] of the views in pixels, objects [V, G, G] that the cells see."""
-    middles = (np.arange(presence.shape[1]) + 0.5) / presence.shape[1]
-    x, y = (rectangles[:, [low]] + middles * (rectangles[:, [low + 2]] - rectangles[:, [low]]) for low in (0, 1))
-    is_center = np.zeros(presence.shape, bool)
-    for number, item in enumerate(scene.objects):
-        distances = (x[:, None] - item.center[0]) ** 2 + (y[:, :, None] - item.center[1]) ** 2  # [V, G, G]
-        distances = np.where(presence == number, distances, np.inf)
-        for views in (slice(0, 1), slice(1, None)):
-            nearest = distances[views].argmin()
-            is_center[views].reshape(-1)[nearest] |= np.isfinite(distances[views].flat[nearest])
-    return is_center
-
-
-def join_cells(cells: Sequence[Cells]) -> Cells:
-    """Joins the cells of several pictures along their views."""
-    return Cells(*(torch.cat([getattr(own, field.name) for own in cells]) for field in fields(Cells)))
+def ask(rng: random.Random, scene: Scene, num_questions: int = MAX_QUESTIONS) -> Iterator[Example]:
+    """Asks a scene several questions, leaving out those that do not fit it."""
+    if scene.bars:
+        weights = CHART_QUESTIONS
+    elif table_cells(scene):
+        weights = {questions.make_table: 1}
+    else:
+        weights = TEXT_QUESTIONS if len(scene.texts) > len(scene.shapes) else SHAPE_QUESTIONS
+        if not scene.texts and rng.random() < DESCRIBE_PROBABILITY:
+            example = questions.make_describe(rng, scene)
+            if example is not None:
+                yield example
+    for make in rng.choices(list(weights), list(weights.values()), k=num_questions):
+        if make is questions.make_count:
+            # Wanted counts are drawn evenly, zero once in ten; a scene without the count gives whatever it has.
+            wanted = 0 if rng.random() < 0.1 else rng.randint(1, MAX_COUNT)
+            example = questions.make_count(rng, scene, wanted) or questions.make_count(rng, scene)
+        else:
+            example = make(rng, scene)
+        if example is not None:
+            yield example
 
 
 @lru_cache
@@ -348,134 +350,196 @@ def cell_places(grid: TileGrid, side: int) -> tuple[int, ...]:
     return tuple(places[cell] for cell in range(num_cells))
 
 
-def pointed_objects(processor: DeepseekVLV2Processor, example: Example, answer: Sequence[int]) -> list[list[int]]:
-    """For each token of an answer the objects of the scene that it is about; none for marks and repeated labels.
+class RowCells:
+    """The cells of all pictures of a row, one after the other, and which of them show what.
 
     Args:
         processor: nano's processor.
-        example: The question.
-        answer: The ids of its answer, the end of sentence included.
+        scenes: The pictures.
+        grids: Their tiles.
     """
-    targets = [example.scene.objects.index(target) for target in example.targets]
-    if not example.boxes:
-        # A count, a colour or a shape is one token; every letter and digit of a text is about that text.
-        last = len(answer) - 1 if example.task == "read" else 1
-        return [targets if place < last else [] for place in range(len(answer))]
-    objects: list[list[int]] = []
-    num_boxes, is_label, is_box = 0, False, False
-    for token in processor.tokenizer.convert_ids_to_tokens(answer):
-        is_label = is_label and token != REF_END
-        # Where several objects share a label it was copied from the question.
-        is_about_one = (is_box and token.isdigit()) or (is_label and example.task == "describe")
-        objects.append([targets[num_boxes]] if is_about_one else [])
-        is_label = is_label or token == REF_START
-        is_box = (is_box or token == DET_START) and token != DET_END
-        num_boxes += token in BOX_ENDS
-    return objects
 
+    def __init__(self, processor: DeepseekVLV2Processor, scenes: Sequence[Scene], grids: Sequence[TileGrid]) -> None:
+        side = processor.num_tokens_per_side
+        self.cells: list[Cells] = []
+        self.places: list[list[int]] = []
+        self._seen: dict[Target, list[int]] = {}
+        self._middles: dict[Target, list[int]] = {}
+        self._letters: dict[tuple[Target, int], list[int]] = {}
+        first = 0
+        for picture, (scene, grid) in enumerate(zip(scenes, grids, strict=True)):
+            cells = cells_of(processor, scene, grid, is_by_view=False)
+            self.cells.append(cells)
+            self.places.append(list(cell_places(grid, side)))
+            object_ids = cells.object_ids.flatten().tolist()
+            # Only the tiles' middle of an object is counted; they show more of small ones than the global view.
+            is_counted = cells.is_center.clone()
+            is_counted[0] = False
+            for cell, (number, counts) in enumerate(zip(object_ids, is_counted.flatten().tolist(), strict=True)):
+                if number >= 0:
+                    self._seen.setdefault(Target(picture, number), []).append(first + cell)
+                    if counts:
+                        self._middles.setdefault(Target(picture, number), []).append(first + cell)
+            rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
+            places = letter_places(scene, rectangles, side, processor.image_size)
+            for (number, place), found in places.cells.items():
+                self._letters[Target(picture, number), place] = [first + cell for cell in found]
+            first += len(object_ids)
 
-def _shares(objects: Sequence[int], seen: Sequence[bool], is_count: bool) -> list[float] | None:
-    """Where attention should go, see `Pointings`; None for no object, or one that no image token sees."""
-    beginning = BEGINNING_SHARE if is_count else 0.0
-    total = beginning + len(objects)
-    if total == 0 or not all(seen[item] for item in objects):
-        return None
-    shares = [0.0] * len(seen)
-    for item in objects:
-        shares[item] = 1 / total
-    return [beginning / total, *shares]
+    def attended(self, piece: Piece, offset: int) -> tuple[list[list[int]], list[float]] | None:
+        """Groups and shares of `Pointing` for the token at an offset (characters) of a piece.
+
+        Returns:
+            None where nothing should be attended to, or something that no cell shows.
+        """
+        beginning = BEGINNING_SHARE if piece.how == "count" else 0.0
+        if piece.how == "letters":
+            found: list[list[int] | None] = [self._letters.get((target, offset)) for target in piece.targets]
+        else:
+            of_targets = self._middles if piece.how == "count" else self._seen
+            found = [of_targets.get(target) for target in piece.targets]
+        groups = [group for group in found if group]
+        total = beginning + len(groups)
+        if total == 0 or len(groups) < len(piece.targets):
+            return None
+        return groups, [beginning / total, *[1 / total] * len(groups)]
 
 
 def encode_row(
-    processor: DeepseekVLV2Processor, scene: Scene, examples: Iterable[Example], max_tokens: int
+    processor: DeepseekVLV2Processor,
+    scenes: Sequence[Scene],
+    examples: Iterable[Example],
+    max_tokens: int,
+    is_numbered: bool = False,
 ) -> dict[str, Any]:
-    """Encodes a scene and questions about it as one row of a batch, see `AnswerBatch`.
+    """Encodes pictures and conversations about them as one row of a batch, see `AnswerBatch`.
 
     Args:
         processor: nano's processor.
-        scene: The scene.
+        scenes: The pictures.
         examples: The questions; those are left out that do not fit behind the ones before them.
         max_tokens: Most tokens of questions and answers.
+        is_numbered: Whether the pictures are introduced by number, see `beginning_of`.
     """
-    beginning = processor.tokenize_with_images(BEGINNING, [scene.draw()], bos=True, eos=False)
-    grid = beginning.images_spatial_crop[0]
-    cells = cells_of(processor, scene, grid, is_by_view=False)
-    seen = [bool((cells.object_ids == index).any()) for index in range(len(scene.objects))]
+    text = f"{USER}: {beginning_of(len(scenes), is_numbered)}"
+    pictures = [scene.draw() for scene in scenes]
+    is_tiled = len(scenes) <= MAX_TILED_IMAGES
+    beginning = processor.tokenize_with_images(text, pictures, bos=True, eos=False, cropping=is_tiled)
+    grids = [TileGrid(*grid) for grid in beginning.images_spatial_crop]
+    row_cells = RowCells(processor, scenes, grids)
     input_ids = list(beginning.input_ids)
     first = len(input_ids)
     labels = [IGNORE_ID] * first
     position_ids = list(range(first))
     segments = [0] * first
+    question_ids = [0] * first
     pointings: list[Pointing] = []
-    number = 0
+    segment = question = 0
     for example in examples:
-        question = processor.encode(f"\n{example.question}\n\n{ASSISTANT}:", bos=False)
-        answer = processor.encode(example.answer, bos=False, eos=True)
-        num_tokens = len(question) + len(answer)
+        turns = [_encode_turn(processor, turn, is_first=number == 0) for number, turn in enumerate(example.turns)]
+        num_tokens = sum(len(asked) + len(answer) for asked, answer, _ in turns)
         if len(input_ids) - first + num_tokens > max_tokens:
             continue
-        number += 1
-        # Attention of the token before brings together what a token is about.
-        start = len(input_ids) + len(question) - 1
-        own = []
-        for place, objects in enumerate(pointed_objects(processor, example, answer), start=start):
-            shares = _shares(objects, seen, is_count=example.task == "count" and place == start)
-            if shares is not None:
-                own.append((place, shares))
-        pointings += [
-            Pointing(place, shares, is_count=example.task == "count", weight=1 / len(own)) for place, shares in own
-        ]
-        input_ids += question + answer
-        labels += [IGNORE_ID] * len(question) + answer
+        segment += 1
         position_ids += range(first, first + num_tokens)
-        segments += [number] * num_tokens
-    first_image_token = beginning.images_seq_mask.index(True)
+        segments += [segment] * num_tokens
+        for asked, answer, pieces in turns:
+            question += 1
+            # Attention of the token before brings together what a token is about.
+            start = len(input_ids) + len(asked) - 1
+            own = []
+            for place, (piece, offset) in enumerate(pieces, start=start):
+                found = row_cells.attended(piece, offset)
+                if found is not None:
+                    own.append((place, *found))
+            pointings += [Pointing(place, groups, shares, 1 / len(own)) for place, groups, shares in own]
+            input_ids += asked + answer
+            labels += [IGNORE_ID] * len(asked) + answer
+            question_ids += [0] * len(asked) + [question] * len(answer)
+    spans = _image_spans(beginning.images_seq_mask, row_cells.places)
     return {
         "input_ids": input_ids,
         "labels": labels,
         "position_ids": position_ids,
         "segments": segments,
+        "question_ids": question_ids,
         "images_seq_mask": [*beginning.images_seq_mask, *[False] * (len(input_ids) - first)],
         "images": torch.stack(beginning.images),
-        "images_spatial_crop": torch.tensor([list(grid)]),
-        "cells": cells,
-        "cell_positions": [first_image_token + place for place in cell_places(grid, processor.num_tokens_per_side)],
+        "grids": [list(grid) for grid in grids],
+        "cells": join_cells(row_cells.cells),
+        "cell_positions": spans,
         "pointings": pointings,
     }
 
 
+def _encode_turn(
+    processor: DeepseekVLV2Processor, turn: Example, is_first: bool
+) -> tuple[list[int], list[int], list[tuple[Piece, int]]]:
+    """Ids of a question and its answer, and for each token of the answer its piece and where in that it begins."""
+    before = "\n" if is_first else f"{USER}: "
+    question = processor.encode(f"{before}{turn.question}\n\n{ASSISTANT}:", bos=False)
+    encoded = processor.tokenizer(turn.answer, add_special_tokens=False, return_offsets_mapping=True)
+    ends = np.cumsum([len(piece.text) for piece in turn.pieces])
+    pieces = []
+    for start, _ in encoded["offset_mapping"]:
+        number = int(np.searchsorted(ends, start, side="right"))
+        piece = turn.pieces[number]
+        pieces.append((piece, start - int(ends[number]) + len(piece.text)))
+    return question, [*encoded["input_ids"], processor.eos_id], pieces
+
+
+def _image_spans(images_seq_mask: Sequence[bool], places: Sequence[Sequence[int]]) -> list[int]:
+    """Position in the row of each cell, from the places of cells among their own picture's tokens."""
+    tokens = [position for position, is_image in enumerate(images_seq_mask) if is_image]
+    positions: list[int] = []
+    first = 0
+    for own in places:
+        positions += [tokens[first + place] for place in own]
+        # Newlines and the separator are image tokens, too; the last one is a newline.
+        first += max(own) + 2
+    return positions
+
+
 def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> AnswerBatch:
-    """Joins rows of the same number of views, texts padded on the right."""
+    """Joins rows, texts padded on the right, views and grids with zeros."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, value: int | bool) -> torch.Tensor:
         return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
 
+    num_cells = max(len(row["cell_positions"]) for row in rows)
+    tables = [row["cell_positions"] + [0] * (num_cells - len(row["cell_positions"])) for row in rows]
     return AnswerBatch(
         input_ids=padded("input_ids", pad_id),
         labels=padded("labels", IGNORE_ID),
         position_ids=padded("position_ids", 0),
         segments=padded("segments", -1),
+        question_ids=padded("question_ids", 0),
         images_seq_mask=padded("images_seq_mask", False),
-        images=torch.stack([row["images"] for row in rows]),
-        images_spatial_crop=torch.stack([row["images_spatial_crop"] for row in rows]),
+        images=torch.nn.utils.rnn.pad_sequence([row["images"] for row in rows], batch_first=True),
+        images_spatial_crop=torch.tensor([row["grids"] for row in rows]),
         cells=join_cells([row["cells"] for row in rows]),
-        cell_positions=torch.tensor([row["cell_positions"] for row in rows]),
-        pointings=_join_pointings([row["pointings"] for row in rows]),
+        cell_rows=torch.tensor([number for number, row in enumerate(rows) for _ in row["cell_positions"]]),
+        cell_positions=torch.tensor([position for row in rows for position in row["cell_positions"]]),
+        cell_table=torch.tensor(tables),
+        pointings=_join_pointings([row["pointings"] for row in rows], num_cells),
     )
 
 
-def _join_pointings(of_rows: Sequence[Sequence[Pointing]]) -> Pointings:
-    """Joins the pointings of rows; scenes of fewer objects get shares of 0."""
+def _join_pointings(of_rows: Sequence[Sequence[Pointing]], num_cells: int) -> Pointings:
+    """Joins the pointings of rows; those of fewer groups get shares of 0."""
     joined = [pointing for pointings in of_rows for pointing in pointings]
     shares = torch.zeros(len(joined), max((len(own.shares) for own in joined), default=1))
+    group_ids = torch.full((len(joined), num_cells), -1)
     for number, own in enumerate(joined):
         shares[number, : len(own.shares)] = torch.tensor(own.shares)
+        for group, cells in enumerate(own.groups):
+            group_ids[number, cells] = group
     rows = [row for row, pointings in enumerate(of_rows) for _ in pointings]
     return Pointings(
         rows=torch.tensor(rows, dtype=torch.long),
         positions=torch.tensor([own.position for own in joined], dtype=torch.long),
+        group_ids=group_ids,
         shares=shares,
-        is_count=torch.tensor([own.is_count for own in joined], dtype=torch.bool),
         weights=torch.tensor([own.weight for own in joined]),
     )

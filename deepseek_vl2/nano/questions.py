@@ -1,20 +1,19 @@
-"""Questions about scenes and their answers, in the words and marks of DeepSeek-VL2; dense targets for an extra loss.
+"""Questions about one scene and their answers, in the words and marks of DeepSeek-VL2.
 
 Every `make_*` function takes a `random.Random` and a `Scene` and returns an `Example`, or None where the scene
 has no fit question. A question never leaves open which object it means.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from deepseek_vl2.models.special_tokens import DET_END, DET_START, GROUNDING, REF_END, REF_START
-from deepseek_vl2.models.tiling import TileGrid, letterbox, tile_boxes
+from deepseek_vl2.models.special_tokens import DET_END, DET_START, REF_END, REF_START
+from deepseek_vl2.nano import phrases
+from deepseek_vl2.nano.layouts import table_cells
+from deepseek_vl2.nano.phrases import described_zh, plural
 from deepseek_vl2.nano.scenes import (
     COLOR_NAMES,
     SHAPE_NAMES,
@@ -25,94 +24,68 @@ from deepseek_vl2.nano.scenes import (
     Size,
     place_objects,
     random_background,
-    random_scene,
     random_size,
 )
 from deepseek_vl2.serve.grounding import COORDINATE_MAX
 
-TRAIN_SPLIT = "train"
-EVAL_SPLIT = "eval"
 MAX_COUNT = 6
 
-# A label inside ref marks, as the reference's README asks for an object, and plain forms.
-MARKED_LOCATE = ("{}.", "{}", "Locate {}.", "Find {}.", "Where is {}?", "Point to {}.")
-PLAIN_LOCATE = ("Locate {}.", "Find {}.", "Where is {}?", "Show me {}.", "Point to {}.", "Draw a box around {}.")
-LOCATE_ALL = ("Locate all {}.", "Find all {}.", "Where are the {}?", "Find every {one}.", "Locate every {one}.")
-COUNT = (
-    "How many {} are there?",
-    "How many {} are in the picture?",
-    "How many {} can you see?",
-    "How many {} do you see?",
-    "How many {} are there in the image?",
-    "Count the {}.",
-    "Count the {} in the picture.",
-)
-COLOR = (
-    "What color is the {}?",
-    "What colour is the {}?",
-    "Which color is the {}?",
-    "Which colour has the {}?",
-    "What color does the {} have?",
-    "What is the color of the {}?",
-    "What is the colour of the {}?",
-    "Name the color of the {}.",
-)
-SHAPE = (
-    "What shape is the {}?",
-    "Which shape is the {}?",
-    "What is the shape of the {}?",
-    "Which shape has the {}?",
-    "Name the shape of the {}.",
-)
-DESCRIBE = (
-    f"{GROUNDING}Describe the picture.",
-    f"{GROUNDING}Describe the image.",
-    f"{GROUNDING}Describe this image.",
-    f"{GROUNDING}What is in the picture?",
-    f"{GROUNDING}What do you see?",
-    "Name every object with its box.",
-    "List all objects with their boxes.",
-    "Detect all objects.",
-)
-READ_WORD = (
-    "What word is printed?",
-    "Which word is printed in the picture?",
-    "Read the word.",
-    "What does the word say?",
-    "What word is it?",
-)
-READ_NUMBER = (
-    "What number is printed?",
-    "Which number is printed in the picture?",
-    "Read the number.",
-    "What number do you see?",
-    "What number is it?",
-)
-READ_TEXT = ("Read the text.", "What is written in the picture?", "What does the text say?", "What is printed?")
 
-# Names of any shape of a colour.
-ANY_SHAPE = ("object", "one", "shape")
+class Target(NamedTuple):
+    """An object by the number of its picture and its own number in that scene."""
+
+    picture: int
+    number: int
+
+
+class Piece(NamedTuple):
+    """A part of an answer.
+
+    Attributes:
+        text: What is written.
+        targets: The objects that it is about.
+        how: What is told about them: something of each, how many there are, or their letters one after the other.
+    """
+
+    text: str
+    targets: tuple[Target, ...] = ()
+    how: Literal["objects", "count", "letters"] = "objects"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a scene.
+    """A question about one or several pictures.
 
     Attributes:
-        task: A key of `TASKS`.
-        question: Text of the user, without an image mark.
-        answer: Text of the assistant.
-        boxes: The boxes of the answer in pixels, x1, y1, x2, y2; empty where the answer holds none.
-        targets: The objects that the answer is about.
-        scene: The scene.
+        task: Name of the ability that it asks for.
+        question: Text of the user, without image marks.
+        pieces: The answer in parts.
+        boxes: The boxes of the answer in pixels of the last picture, x1, y1, x2, y2; empty where the answer holds none.
+        scenes: The pictures.
+        history: Earlier questions of the same conversation.
     """
 
     task: str
     question: str
-    answer: str
-    boxes: list[Box]
-    targets: tuple[SceneObject, ...]
-    scene: Scene
+    pieces: tuple[Piece, ...]
+    boxes: tuple[Box, ...]
+    scenes: tuple[Scene, ...]
+    history: tuple["Example", ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """Text of the assistant."""
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def turns(self) -> tuple["Example", ...]:
+        """The conversation: the earlier questions, then this one."""
+        return (*self.history, self)
+
+
+def split_rng(split: str, index: int) -> random.Random:
+    """The chance of example `index` of a split: no two splits share a stream, and it is the same on every machine."""
+    return random.Random(f"{split}:{index}")
 
 
 def quantize_box(box: Box, size: Size) -> tuple[int, int, int, int]:
@@ -124,15 +97,31 @@ def quantize_box(box: Box, size: Size) -> tuple[int, int, int, int]:
     return x1, y1, x2, y2
 
 
-def format_grounding(label: str, boxes: Sequence[Box], size: Size) -> str:
-    """A label and its boxes (pixels) with the marks of DeepSeek-VL2."""
-    inner = ", ".join("[{}, {}, {}, {}]".format(*quantize_box(box, size)) for box in boxes)
-    return f"{REF_START}{label}{REF_END}{DET_START}[{inner}]{DET_END}"
+def find(scene: Scene, item: SceneObject, picture: int = 0) -> Target:
+    """The target that an object of a scene is."""
+    return Target(picture, next(number for number, other in enumerate(scene.objects) if other is item))
 
 
-def plural(noun: str) -> str:
-    """The plural of a shape's name or of "object"."""
-    return noun + ("es" if noun.endswith("s") else "s")
+def grounding_pieces(
+    label: str, items: Sequence[SceneObject], scene: Scene, picture: int = 0, label_targets: tuple[Target, ...] = ()
+) -> Iterator[Piece]:
+    """A label and the boxes of objects with the marks of DeepSeek-VL2."""
+    yield Piece(REF_START)
+    yield Piece(label, label_targets)
+    yield Piece(f"{REF_END}{DET_START}[")
+    for number, item in enumerate(items):
+        yield Piece(", [" if number else "[")
+        for place, value in enumerate(quantize_box(item.box, scene.size)):
+            if place:
+                yield Piece(", ")
+            yield Piece(str(value), (find(scene, item, picture),))
+        yield Piece("]")
+    yield Piece(f"]{DET_END}")
+
+
+def format_grounding(label: str, items: Sequence[SceneObject], scene: Scene) -> str:
+    """The text of `grounding_pieces`."""
+    return "".join(piece.text for piece in grounding_pieces(label, items, scene))
 
 
 def reading_order(scene: Scene) -> list[SceneObject]:
@@ -140,7 +129,8 @@ def reading_order(scene: Scene) -> list[SceneObject]:
     return sorted(scene.objects, key=lambda item: (item.center[1], item.center[0]))
 
 
-def _named(scene: Scene, *, name: str | None = None, color: str | None = None) -> list[SceneObject]:
+def named(scene: Scene, *, name: str | None = None, color: str | None = None) -> list[SceneObject]:
+    """The shapes of a scene with a name, a colour, or both."""
     return [
         item for item in scene.shapes if (name is None or item.name == name) and (color is None or item.color == color)
     ]
@@ -148,19 +138,35 @@ def _named(scene: Scene, *, name: str | None = None, color: str | None = None) -
 
 def _is_only_of_color(scene: Scene, item: SceneObject) -> bool:
     """Whether "the red object" means `item`; dark text could pass for black."""
-    return len(_named(scene, color=item.color)) == 1 and not (item.color == "black" and scene.texts)
+    return len(named(scene, color=item.color)) == 1 and not (item.color == "black" and scene.texts)
+
+
+def _is_only_of_both(scene: Scene, item: SceneObject) -> bool:
+    return len(named(scene, name=item.name, color=item.color)) == 1
 
 
 def _labels(rng: random.Random, scene: Scene, item: SceneObject) -> tuple[str | None, list[str]]:
     """The full name of an object, if no other has it, and the shorter names that mean it alone."""
-    if item.kind != "shape":
-        same_kind = [other for other in scene.texts if other.kind == item.kind]
-        is_unique = sum(other.name == item.name for other in same_kind) == 1
-        return (item.description if is_unique else None), ([item.kind] if len(same_kind) == 1 else [])
-    short = [item.name] if len(_named(scene, name=item.name)) == 1 else []
+    if item.is_text:
+        # Which word or number it is belongs to reading.
+        return None, [item.kind] if sum(other.kind == item.kind for other in scene.texts) == 1 else []
+    if item.kind == "bar":
+        return item.description, []
+    short = [item.name] if len(named(scene, name=item.name)) == 1 else []
     if _is_only_of_color(scene, item):
-        short.append(f"{item.color} {rng.choice(ANY_SHAPE)}")
-    return (item.description if len(_named(scene, name=item.name, color=item.color)) == 1 else None), short
+        short.append(f"{item.color} {rng.choice(phrases.ANY_SHAPE)}")
+    return (item.description if _is_only_of_both(scene, item) else None), short
+
+
+def _located(task: str, question: str, label: str, items: Sequence[SceneObject], scene: Scene) -> Example:
+    pieces = tuple(grounding_pieces(label, items, scene))
+    return Example(task, question, pieces, tuple(item.box for item in items), (scene,))
+
+
+def _told(task: str, question: str, answer: str, items: Sequence[SceneObject], scene: Scene) -> Example:
+    """An answer in words about objects."""
+    targets = tuple(find(scene, item) for item in items)
+    return Example(task, question, (Piece(answer, targets),), (), (scene,))
 
 
 def make_locate(rng: random.Random, scene: Scene) -> Example | None:
@@ -173,43 +179,62 @@ def make_locate(rng: random.Random, scene: Scene) -> Example | None:
     label = rng.choice(short) if full is None or (short and rng.random() < 0.25) else full
     asked = f"the {label}" if rng.random() < 0.7 else label
     if rng.random() < 0.6:
-        form = rng.choices(MARKED_LOCATE, (4, 2, 1, 1, 1, 1))[0]
+        form = rng.choices(phrases.MARKED_LOCATE, (4, 2, 1, 1, 1, 1))[0]
         if rng.random() < 0.4:
             asked = asked[0].upper() + asked[1:]
         if rng.random() < 0.3:
             asked += "."
         question = form.format(f"{REF_START}{asked}{REF_END}")
     else:
-        question = rng.choice(PLAIN_LOCATE).format(f"the {label}")
-    return Example("locate", question, format_grounding(label, [item.box], scene.size), [item.box], (item,), scene)
+        question = rng.choice(phrases.PLAIN_LOCATE).format(f"the {label}")
+    return _located("locate", question, label, [item], scene)
 
 
-def make_locate_all(rng: random.Random, scene: Scene) -> Example | None:
-    """Where are all objects of a shape, a colour, or both? The boxes come in reading order."""
-    classes = _counting_classes(scene)
-    present = [(noun, items) for noun, items in classes if items]
-    if not present:
+def make_locate_zh(rng: random.Random, scene: Scene) -> Example | None:
+    """Where is one shape? In Chinese, and so is the label of the answer."""
+    choices = []
+    for item in scene.shapes:
+        labels = [described_zh(item.color, item.name)] * 3 if _is_only_of_both(scene, item) else []
+        if len(named(scene, name=item.name)) == 1:
+            labels.append(phrases.SHAPES_ZH[item.name])
+        if _is_only_of_color(scene, item):
+            labels.append(described_zh(item.color, None))
+        if labels:
+            choices.append((item, labels))
+    if not choices:
         return None
-    several = [choice for choice in present if len(choice[1]) > 1]
-    noun, items = rng.choice(several if several and rng.random() < 0.8 else present)
-    form = rng.choice(LOCATE_ALL)
-    question = form.format(plural(noun), one=noun)
-    ordered = [item for item in reading_order(scene) if item in items]
-    boxes = [item.box for item in ordered]
-    return Example("locate_all", question, format_grounding(noun, boxes, scene.size), boxes, tuple(ordered), scene)
+    item, labels = rng.choice(choices)
+    label = rng.choice(labels)
+    if rng.random() < 0.6:
+        question = rng.choice(phrases.MARKED_LOCATE_ZH).format(f"{REF_START}{label}{REF_END}")
+    else:
+        question = rng.choice(phrases.PLAIN_LOCATE_ZH).format(label)
+    return _located("locate_zh", question, label, [item], scene)
 
 
-def _counting_classes(scene: Scene) -> list[tuple[str, list[SceneObject]]]:
+def counting_classes(scene: Scene) -> list[tuple[str, list[SceneObject]]]:
     """Every class that can be counted in the scene without doubt, as (noun, its objects), empty classes too."""
-    classes = [(name, _named(scene, name=name)) for name in SHAPE_NAMES]
+    classes = [(name, named(scene, name=name)) for name in SHAPE_NAMES]
     for color in COLOR_NAMES:
         if not (color == "black" and scene.texts):
-            classes.append((f"{color} object", _named(scene, color=color)))
-        classes += [(f"{color} {name}", _named(scene, name=name, color=color)) for name in SHAPE_NAMES]
+            classes.append((f"{color} object", named(scene, color=color)))
+        classes += [(f"{color} {name}", named(scene, name=name, color=color)) for name in SHAPE_NAMES]
     classes.append(("shape", list(scene.shapes)))
     if not scene.texts:
         classes.append(("object", list(scene.shapes)))
     return classes
+
+
+def make_locate_all(rng: random.Random, scene: Scene) -> Example | None:
+    """Where are all objects of a shape, a colour, or both? The boxes come in reading order."""
+    present = [(noun, items) for noun, items in counting_classes(scene) if items]
+    if not present:
+        return None
+    several = [choice for choice in present if len(choice[1]) > 1]
+    noun, items = rng.choice(several if several and rng.random() < 0.8 else present)
+    question = rng.choice(phrases.LOCATE_ALL).format(plural(noun), one=noun)
+    ordered = [item for item in reading_order(scene) if any(item is own for own in items)]
+    return _located("locate_all", question, noun, ordered, scene)
 
 
 def make_count(rng: random.Random, scene: Scene, count: int | None = None) -> Example | None:
@@ -221,7 +246,7 @@ def make_count(rng: random.Random, scene: Scene, count: int | None = None) -> Ex
         count: The answer wanted; with no class of that count the question is None. By default zero once in ten, else
             any count that occurs.
     """
-    classes = _counting_classes(scene)
+    classes = counting_classes(scene)
     if count is None:
         found = sorted({len(items) for _, items in classes})
         positive = [number for number in found if number > 0]
@@ -230,11 +255,11 @@ def make_count(rng: random.Random, scene: Scene, count: int | None = None) -> Ex
     if not fit:
         return None
     # One kind of class after the other, or the many pairs of colour and shape would drown the rest.
-    kinds = sorted({_class_kind(noun) for noun, _ in fit})
-    kind = rng.choice(kinds)
+    kind = rng.choice(sorted({_class_kind(noun) for noun, _ in fit}))
     noun, items = rng.choice([choice for choice in fit if _class_kind(choice[0]) == kind])
-    question = rng.choice(COUNT).format(plural(noun))
-    return Example("count", question, str(len(items)), [], tuple(items), scene)
+    targets = tuple(find(scene, item) for item in items)
+    question = rng.choice(phrases.COUNT).format(plural(noun))
+    return Example("count", question, (Piece(str(len(items)), targets, "count"),), (), (scene,))
 
 
 def _class_kind(noun: str) -> int:
@@ -296,11 +321,11 @@ def counting_scene(
 
 def make_color(rng: random.Random, scene: Scene) -> Example | None:
     """What colour is the only object of a shape?"""
-    fit = [item for item in scene.shapes if len(_named(scene, name=item.name)) == 1]
+    fit = [item for item in scene.shapes if len(named(scene, name=item.name)) == 1]
     if not fit:
         return None
     item = rng.choice(fit)
-    return Example("color", rng.choice(COLOR).format(item.name), item.color, [], (item,), scene)
+    return _told("color", rng.choice(phrases.COLOR).format(item.name), item.color, [item], scene)
 
 
 def make_shape(rng: random.Random, scene: Scene) -> Example | None:
@@ -309,8 +334,8 @@ def make_shape(rng: random.Random, scene: Scene) -> Example | None:
     if not fit:
         return None
     item = rng.choice(fit)
-    asked = f"{item.color} {rng.choice(ANY_SHAPE[:2])}"
-    return Example("shape", rng.choice(SHAPE).format(asked), item.name, [], (item,), scene)
+    asked = f"{item.color} {rng.choice(phrases.ANY_SHAPE[:2])}"
+    return _told("shape", rng.choice(phrases.SHAPE).format(asked), item.name, [item], scene)
 
 
 def make_describe(rng: random.Random, scene: Scene) -> Example | None:
@@ -318,187 +343,163 @@ def make_describe(rng: random.Random, scene: Scene) -> Example | None:
     items = reading_order(scene)
     if not items:
         return None
-    answer = ", ".join(format_grounding(item.description, [item.box], scene.size) for item in items)
-    return Example("describe", rng.choice(DESCRIBE), answer, [item.box for item in items], tuple(items), scene)
+    pieces: list[Piece] = []
+    for number, item in enumerate(items):
+        if number:
+            pieces.append(Piece(", "))
+        label = item.kind if item.is_text else item.description
+        pieces += grounding_pieces(label, [item], scene, label_targets=(find(scene, item),))
+    boxes = tuple(item.box for item in items)
+    return Example("describe", rng.choice(phrases.DESCRIBE), tuple(pieces), boxes, (scene,))
 
 
-def make_read(rng: random.Random, scene: Scene) -> Example | None:
-    """What is the only printed word, or number?"""
-    fit = [item for item in scene.texts if sum(other.kind == item.kind for other in scene.texts) == 1]
-    if not fit:
+def place_in_words(center: tuple[float, float], size: Size) -> str:
+    """Where a point is: "Top left", "Middle center", "Bottom right" and so on, by thirds of the picture."""
+    column, row = (min(2, int(3 * value / extent)) for value, extent in zip(center, size, strict=True))
+    return f"{phrases.ROW_PLACES[row]} {phrases.COLUMN_PLACES[column]}"
+
+
+def make_parts(rng: random.Random, scene: Scene) -> Example | None:
+    """What is in each part of the picture, in reading order and in words."""
+    items = reading_order(scene)
+    if not items or scene.texts or scene.bars:
         return None
-    item = rng.choice(fit)
-    forms: tuple[str, ...] = READ_WORD if item.kind == "word" else READ_NUMBER
-    if len(scene.texts) == 1 and rng.random() < 0.25:
-        forms = READ_TEXT
-    return Example("read", rng.choice(forms), item.name, [], (item,), scene)
+    pieces: list[Piece] = []
+    for item in items:
+        target = (find(scene, item),)
+        pieces += [Piece(" ")] if pieces else []
+        place = place_in_words(item.center, scene.size)
+        pieces += [Piece(place, target), Piece(": a"), Piece(f" {item.description}", target), Piece(".")]
+    return Example("parts", rng.choice(phrases.PARTS), tuple(pieces), (), (scene,))
 
 
-TASKS: Mapping[str, Callable[[random.Random, Scene], Example | None]] = MappingProxyType(
-    {
-        "locate": make_locate,
-        "locate_all": make_locate_all,
-        "count": make_count,
-        "color": make_color,
-        "shape": make_shape,
-        "describe": make_describe,
-        "read": make_read,
-    }
-)
-
-DEFAULT_WEIGHTS = MappingProxyType(
-    {"locate": 30.0, "locate_all": 5.0, "count": 20.0, "color": 12.0, "shape": 8.0, "describe": 20.0, "read": 5.0}
-)
-
-
-def _scene_for(rng: random.Random, task: str, scene_kwargs: Mapping[str, Any]) -> Scene:
-    if task == "read":
-        return random_scene(rng, **{**scene_kwargs, "text_probability": 1.0})
-    return random_scene(rng, **scene_kwargs)
-
-
-def _sample_count(rng: random.Random, scene_kwargs: Mapping[str, Any]) -> Example | None:
-    """A counting question with an answer drawn evenly from 1 up, and zero once in ten."""
-    most = min(MAX_COUNT, scene_kwargs.get("num_objects", (1, MAX_COUNT))[1])
-    wanted = rng.randint(1, most) if most and rng.random() >= 0.1 else 0
-    if rng.random() < 0.25:
-        return make_count(rng, random_scene(rng, **scene_kwargs), wanted)
-    others = scene_kwargs.get("num_objects", (1, MAX_COUNT + 3))[1]
-    passed = {
-        key: scene_kwargs[key] for key in ("size", "min_side_fraction", "max_side_fraction") if key in scene_kwargs
-    }
-    return make_count(rng, counting_scene(rng, wanted or rng.randint(0, 3), max_objects=others, **passed), wanted)
-
-
-def sample_example(
-    rng: random.Random,
-    task_weights: Mapping[str, float] | None = None,
-    scene_kwargs: Mapping[str, Any] | None = None,
-) -> Example:
-    """Draws a task, a scene that suits it, and a question.
+def make_read(rng: random.Random, scene: Scene, kind: str | None = None) -> Example | None:
+    """What is the only printed word, or number?
 
     Args:
         rng: Source of chance.
-        task_weights: How often each task of `TASKS` comes, in any unit; `DEFAULT_WEIGHTS` if not given.
-        scene_kwargs: Passed on to `random_scene`.
-
-    Raises:
-        ValueError: If a task is unknown, or the scenes asked for never hold a fit question.
+        scene: What to ask about.
+        kind: "word" or "number"; either if not given.
     """
-    weights = dict(DEFAULT_WEIGHTS if task_weights is None else task_weights)
-    unknown = sorted(set(weights) - set(TASKS))
-    if unknown:
-        raise ValueError(f"unknown tasks {unknown}; known are {', '.join(TASKS)}")
-    kwargs = dict(scene_kwargs or {})
-    task = rng.choices(list(weights), list(weights.values()))[0]
-    for _ in range(200):
-        example = _sample_count(rng, kwargs) if task == "count" else TASKS[task](rng, _scene_for(rng, task, kwargs))
-        if example is not None:
-            return example
-    raise ValueError(f"no {task!r} question fits 200 scenes drawn with {kwargs}; allow more or other objects")
+    fit = [
+        item
+        for item in scene.texts
+        if kind in (None, item.kind) and sum(other.kind == item.kind for other in scene.texts) == 1
+    ]
+    if not fit:
+        return None
+    item = rng.choice(fit)
+    forms: tuple[str, ...] = phrases.READ_WORD if item.kind == "word" else phrases.READ_NUMBER
+    if len(scene.texts) == 1 and rng.random() < 0.25:
+        forms = phrases.READ_TEXT
+    piece = Piece(item.name, (find(scene, item),), "letters")
+    return Example(item.kind, rng.choice(forms), (piece,), (), (scene,))
 
 
-def split_rng(split: str, index: int) -> random.Random:
-    """The chance of example `index` of a split: no two splits share a stream, and it is the same on every machine."""
-    return random.Random(f"{split}:{index}")
+def make_read_all(rng: random.Random, scene: Scene) -> Example | None:
+    """All printed texts in reading order."""
+    items = [item for item in reading_order(scene) if item.is_text]
+    if not items:
+        return None
+    pieces: list[Piece] = []
+    for item in items:
+        pieces += [Piece("\n")] if pieces else []
+        pieces.append(Piece(item.name, (find(scene, item),), "letters"))
+    return Example("read_all", rng.choice(phrases.READ_ALL), tuple(pieces), (), (scene,))
 
 
-def example_at(
-    split: str,
-    index: int,
-    task_weights: Mapping[str, float] | None = None,
-    scene_kwargs: Mapping[str, Any] | None = None,
-) -> Example:
-    """Example `index` of a split (`TRAIN_SPLIT`, `EVAL_SPLIT`); see `sample_example`."""
-    return sample_example(split_rng(split, index), task_weights, scene_kwargs)
+def make_table(rng: random.Random, scene: Scene) -> Example | None:
+    """What stands in a row and a column of a table?"""
+    cells = table_cells(scene)
+    if not cells:
+        return None
+    item = rng.choice(cells)
+    question = rng.choice(phrases.TABLE).format(row=phrases.row_in_words(item.row), column=item.column)
+    return Example("table", question, (Piece(item.name, (find(scene, item),), "letters"),), (), (scene,))
 
 
-# Classes of the dense targets: the shapes, then the two kinds of text.
-CELL_CLASSES = (*SHAPE_NAMES, "word", "number")
+def make_bar(rng: random.Random, scene: Scene) -> Example | None:
+    """What is the value of a bar, named by its colour or its letter?"""
+    if not scene.bars:
+        return None
+    item = rng.choice(scene.bars)
+    asked = f"the {item.description}" if rng.random() < 0.5 else f"bar {item.column}"
+    # The letter under the bar knows its value, too.
+    own = [other for other in scene.objects if other.column == item.column]
+    return _told("bar", rng.choice(phrases.BAR).format(asked), item.name, own, scene)
 
 
-class DenseTargets(NamedTuple):
-    """What each cell of each view shows; -1 where nothing does.
-
-    Attributes:
-        presence: Index into `scene.objects`, [V, G, G].
-        shape_ids: Index into `CELL_CLASSES`, [V, G, G].
-        color_ids: Index into `COLOR_NAMES`, [V, G, G]; -1 for texts too.
-        boxes: x1, y1, x2, y2 as parts of the whole picture, 0 to 1, [V, G, G, 4]; zeros where nothing is.
-    """
-
-    presence: NDArray[np.int64]
-    shape_ids: NDArray[np.int64]
-    color_ids: NDArray[np.int64]
-    boxes: NDArray[np.float32]
-
-
-def view_rectangles(width: int, height: int, columns: int, rows: int, side: int = 112) -> NDArray[np.float64]:
-    """The part of a picture that each view shows, in pixels of the picture: the global view, then the tiles row by row.
-
-    Rectangles reach beyond the picture where the view shows letterbox.
-
-    Args:
-        width: Of the picture.
-        height: Of the picture.
-        columns: Tiles across.
-        rows: Tiles down.
-        side: Of a view, in pixels.
-
-    Returns:
-        x1, y1, x2, y2 of every view, [V, 4] with V = 1 + columns * rows.
-    """
-    grid = TileGrid(columns, rows)
-    cuts = [((side, side), (0, 0, side, side))]
-    cuts += [((columns * side, rows * side), box) for box in tile_boxes(grid, side)]
-    rectangles = []
-    for canvas, (x1, y1, x2, y2) in cuts:
-        fitted = letterbox((width, height), canvas)
-        scale_x, scale_y = fitted.width / width, fitted.height / height
-        rectangles.append(
-            (
-                (x1 - fitted.left) / scale_x,
-                (y1 - fitted.top) / scale_y,
-                (x2 - fitted.left) / scale_x,
-                (y2 - fitted.top) / scale_y,
-            )
-        )
-    return np.array(rectangles)
+def make_ground(rng: random.Random, scene: Scene) -> Example | None:
+    """A wish that one object alone meets; the answer names it with its box."""
+    choices: list[tuple[SceneObject, str]] = []
+    for item in scene.shapes:
+        if _is_only_of_color(scene, item):
+            choices.append((item, rng.choice(phrases.WISH_COLOR).format(item.color)))
+        if len(named(scene, name=item.name)) == 1:
+            choices.append((item, rng.choice(phrases.WISH_SHAPE).format(phrases.WISHES[item.name])))
+    if not choices:
+        return None
+    item, question = rng.choice(choices)
+    before, after = phrases.WISH_ANSWER
+    grounded = grounding_pieces(item.description, [item], scene, label_targets=(find(scene, item),))
+    return Example("ground", question, (Piece(before), *grounded, Piece(after)), (item.box,), (scene,))
 
 
-def dense_targets(
-    scene: Scene, rectangles: NDArray[np.float64], tokens_per_side: int = 4, min_cover: float = 0.15
-) -> DenseTargets:
-    """Says for every image token of every view which object it should see.
+def make_follow_up(rng: random.Random, scene: Scene) -> Example | None:
+    """A second question about the object of a first one, which it calls "it"."""
+    item = rng.choice(scene.shapes) if scene.shapes else None
+    if item is None or not _is_only_of_both(scene, item):
+        return None
+    firsts = ["locate"]
+    if len(named(scene, name=item.name)) == 1:
+        firsts.append("color")
+    if _is_only_of_color(scene, item):
+        firsts.append("shape")
+    kind = rng.choice(firsts)
+    if kind == "locate":
+        question = rng.choice(phrases.PLAIN_LOCATE).format(f"the {item.description}")
+        first = _located("locate", question, item.description, [item], scene)
+        seconds = ["color", "shape"]
+    elif kind == "color":
+        first = _told("color", rng.choice(phrases.COLOR).format(item.name), item.color, [item], scene)
+        seconds = ["locate"]
+    else:
+        asked = f"{item.color} {phrases.ANY_SHAPE[0]}"
+        first = _told("shape", rng.choice(phrases.SHAPE).format(asked), item.name, [item], scene)
+        seconds = ["locate"]
+    second = rng.choice(seconds)
+    if second == "locate":
+        pieces = tuple(grounding_pieces(item.description, [item], scene, label_targets=(find(scene, item),)))
+        boxes: tuple[Box, ...] = (item.box,)
+        question = rng.choice(phrases.FOLLOW_LOCATE)
+    else:
+        answer, forms = (item.color, phrases.FOLLOW_COLOR) if second == "color" else (item.name, phrases.FOLLOW_SHAPE)
+        pieces, boxes, question = (Piece(answer, (find(scene, item),)),), (), rng.choice(forms)
+    return Example("follow_up", question, pieces, boxes, (scene,), (first,))
 
-    A cell belongs to the object whose box covers the largest part of it, if that is more than `min_cover` of its area.
 
-    Args:
-        scene: The scene.
-        rectangles: The views in pixels of the picture, [V, 4], see `view_rectangles`.
-        tokens_per_side: G.
-        min_cover: Part of a cell, 0 to 1.
-    """
-    num_views, side = len(rectangles), tokens_per_side
-    if not scene.objects:
-        nothing = np.full((num_views, side, side), -1, np.int64)
-        return DenseTargets(nothing, nothing.copy(), nothing.copy(), np.zeros((num_views, side, side, 4), np.float32))
-    boxes = np.array([item.box for item in scene.objects])  # [N, 4]
-    steps = np.arange(side + 1) / side
-    x_edges = rectangles[:, 0, None] + steps * (rectangles[:, 2] - rectangles[:, 0])[:, None]  # [V, G + 1]
-    y_edges = rectangles[:, 1, None] + steps * (rectangles[:, 3] - rectangles[:, 1])[:, None]
-    overlap_x = _overlap(x_edges, boxes[:, 0], boxes[:, 2])  # [V, G, N]
-    overlap_y = _overlap(y_edges, boxes[:, 1], boxes[:, 3])
-    cover = overlap_y[:, :, None] * overlap_x[:, None]  # [V, G, G, N]
-    presence = np.where(cover.max(-1) > min_cover, cover.argmax(-1), -1)
-    # A last row of -1 is what index -1 picks.
-    shapes = [CELL_CLASSES.index(item.name if item.kind == "shape" else item.kind) for item in scene.objects]
-    colors = [COLOR_NAMES.index(item.color) if item.kind == "shape" else -1 for item in scene.objects]
-    parts = np.concatenate([boxes / (scene.size * 2), np.zeros((1, 4))]).astype(np.float32)
-    return DenseTargets(presence, np.array([*shapes, -1])[presence], np.array([*colors, -1])[presence], parts[presence])
-
-
-def _overlap(edges: NDArray[np.float64], starts: NDArray[np.float64], ends: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Part of every cell between two edges [V, G + 1] that every interval [N] covers, [V, G, N]."""
-    low, high = edges[:, :-1, None], edges[:, 1:, None]
-    return np.clip(np.minimum(high, ends) - np.maximum(low, starts), 0, None) / (high - low)
+def all_phrases() -> Iterator[str]:
+    """Every form of a question with every name that can stand in it, and the names by themselves."""
+    nouns = [*SHAPE_NAMES, *phrases.ANY_SHAPE, "word", "number", "bar"]
+    names = [f"{color} {noun}" for color in COLOR_NAMES for noun in nouns] + nouns
+    for name in names:
+        yield from (name, f"the {name}", f"the {plural(name)}", name.capitalize(), f"The {name}", f" a {name}")
+    for form in chain(
+        phrases.MARKED_LOCATE, phrases.PLAIN_LOCATE, phrases.COLOR, phrases.SHAPE, phrases.COMPARE_WHICH, phrases.BAR
+    ):
+        yield form.format("the circle")
+    for form in chain(phrases.LOCATE_ALL, phrases.COUNT, phrases.COMPARE_COUNT, phrases.COMPARE_SHAPE):
+        yield form.format("circles", one="circle", number=1)
+    for form in phrases.COMPARE_COLOR:
+        yield form.format("circle", number=1)
+    for form in phrases.TABLE:
+        yield form.format(row="Mon", column="A")
+    for form in chain(phrases.WISH_COLOR, phrases.WISH_SHAPE):
+        for wish in phrases.WISHES.values():
+            yield form.format(wish).split("|>")[-1]
+    for form in chain(phrases.DESCRIBE, phrases.IN_CONTEXT):
+        yield form.split("|>")[-1]
+    yield from chain(phrases.PARTS, phrases.READ_WORD, phrases.READ_NUMBER, phrases.READ_TEXT, phrases.READ_ALL)
+    yield from chain(phrases.COMPARE_LIST, phrases.FOLLOW_LOCATE, phrases.FOLLOW_COLOR, phrases.FOLLOW_SHAPE)
+    yield from (f"{row} {column}:" for row in phrases.ROW_PLACES for column in phrases.COLUMN_PLACES)
+    yield from phrases.WISH_ANSWER

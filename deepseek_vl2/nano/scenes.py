@@ -1,4 +1,4 @@
-"""Pictures for nano: coloured shapes, printed words and numbers on light backgrounds, drawn with PIL alone.
+"""Pictures for nano: coloured shapes, printed words and numbers, tables and charts on light grounds, drawn with PIL.
 
 A `Scene` says what is in the picture and where; `Scene.draw` paints it. All chance comes from the `random.Random`
 that the caller passes, so a seed names one picture for good.
@@ -7,14 +7,15 @@ that the caller passes, so a seed names one picture for good.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-Kind = Literal["shape", "word", "number"]
+Kind = Literal["shape", "word", "number", "bar"]
 RGB = tuple[int, int, int]
 
 # Far enough apart that a shift of COLOR_JITTER in every channel confuses no two.
@@ -41,12 +42,23 @@ SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross", "diamond")
 MAX_ANGLES = MappingProxyType({"circle": 0, "square": 6, "triangle": 10, "star": 15, "cross": 12, "diamond": 6})
 
 _WORD_LIST = """
-ACT AIR APPLE BAG BALL BEAR BIRD BOOK BOX BREAD BUS CAKE CAR CAT CHAIR CLOUD COW CUP DOG DOOR DUCK EGG FARM
-FISH FLOWER FOX FROG GARDEN GOLD HAND HAT HOME HORSE HOUSE ICE JAM KEY KING LAKE LAMP LION MAP MILK MOON MOUSE
-NEST OPEN PARK PEN QUEEN RAIN RIVER ROAD SEA SHIP SILVER SNOW SUN TABLE TRAIN TREE VAN WATER WIND WOLF YARD
-ZOO
+ACT AIR ANGEL ANT APPLE ARM ARROW BAG BAKER BALL BANANA BANK BASKET BEACH BEAR BELL BIRD BOAT BOOK BOTTLE BOX
+BREAD BRIDGE BUS BUTTER CAKE CAMEL CANDLE CAR CASTLE CAT CHAIR CHEESE CITY CLOCK CLOUD COAT COFFEE COIN COW
+CROWN CUP DANCE DESK DOCTOR DOG DOOR DRAGON DRUM DUCK EAGLE EARTH EGG ENGINE FARM FATHER FIELD FINGER FIRE
+FISH FLAG FLOWER FOREST FOX FROG FRUIT GARDEN GATE GHOST GIFT GLASS GOAT GOLD GRAPE GUITAR HAND HAT HEART HILL
+HOME HONEY HORSE HOTEL HOUSE ICE ISLAND JACKET JAM JEWEL JUICE JUNGLE KEY KING KITE KNIFE LADDER LAKE LAMP
+LEAF LEMON LETTER LION MAP MARKET MEDAL MILK MIRROR MONKEY MOON MOUSE MUSIC NEST NIGHT NURSE OCEAN OLIVE ONION
+OPEN ORANGE OVEN PALACE PAPER PARK PEAR PEN PENCIL PIANO PIG PILOT PLANET POCKET POTATO QUEEN QUIZ RABBIT
+RADIO RAIN RIBBON RING RIVER ROAD ROBOT ROCKET ROOF ROSE SAIL SALT SCHOOL SEA SHEEP SHIP SHOE SILVER SNOW
+SPIDER SPOON SPRING STONE STORM SUGAR SUMMER SUN TABLE TEA TEMPLE TENT TIGER TOMATO TOWER TRAIN TREE TURTLE
+VAN VIOLIN WAGON WATER WHALE WHEEL WIND WINDOW WINTER WOLF YARD ZEBRA ZOO
 """
 WORDS = tuple(_WORD_LIST.split())
+# Every fifth word is never printed in training: reading them shows that letters are read, not words recognised.
+HELD_OUT_WORDS = WORDS[::5]
+TRAIN_WORDS = tuple(word for word in WORDS if word not in HELD_OUT_WORDS)
+WORD_LENGTHS = (3, 4, 5, 6)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]
@@ -64,10 +76,16 @@ COMMON_SIZES: tuple[tuple[Size, int], ...] = (
     ((640, 480), 1),
 )
 FREE_SIZE_PROBABILITY = 0.3
+# Sizes that nano cuts into two by two tiles, and sides of small objects, which are drawn a little stretched.
+LARGE_SIZES: tuple[Size, ...] = ((448, 448), (448, 336), (336, 448), (640, 480))
+SMALL_SIDE_FRACTIONS = (0.05, 0.074)
 
 # Canvases with both sides below this are drawn twice as large and reduced, which smooths the edges.
 SUPERSAMPLE_BELOW = 320
 TEXT_MASK_SIZE = 128
+MARK_RGB = (255, 0, 0)
+# Of the picture's shorter side; the gap between a mark and its object is as wide.
+MARK_WIDTH_FRACTION = 0.0125
 PLACING_ATTEMPTS = 40
 
 
@@ -77,11 +95,13 @@ class SceneObject:
 
     Attributes:
         kind: What it is.
-        name: The shape ("circle") or the printed text ("CAT", "42").
+        name: The shape ("circle"), the printed text ("CAT", "42"), or the value of a bar ("7").
         color: A name of `COLOR_NAMES`, or `TEXT_COLOR` for words and numbers.
         box: x1, y1, x2, y2 in pixels, tight around the ink; right and bottom are exclusive.
         rgb: The colour as painted.
         angle: Degrees by which a shape is turned.
+        row: Name of its row in a table.
+        column: Name of its column in a table, or letter of its bar in a chart.
     """
 
     kind: Kind
@@ -90,12 +110,26 @@ class SceneObject:
     box: Box
     rgb: RGB
     angle: float = 0.0
+    row: str = ""
+    column: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a printed word or number."""
+        return self.kind in ("word", "number")
 
     @property
     def description(self) -> str:
-        """A name such as "red circle", "word CAT" or "number 42"."""
+        """A name such as "red circle", "word CAT", "number 42" or "red bar"."""
+        if self.kind == "bar":
+            return f"{self.color} bar"
         prefix = self.color if self.kind == "shape" else self.kind
         return f"{prefix} {self.name}"
+
+    def letter_centers(self) -> list[tuple[float, float]]:
+        """Middles of the letters or digits of a text, x and y in pixels."""
+        x1, y1, x2, y2 = self.box
+        return [(x1 + part * (x2 - x1), (y1 + y2) / 2) for part in _letter_parts(self.name)]
 
     @property
     def center(self) -> tuple[float, float]:
@@ -122,6 +156,13 @@ class Background(NamedTuple):
     period: int
 
 
+class Line(NamedTuple):
+    """A filled strip under the objects: an edge of a table, a step of a chart."""
+
+    box: Box
+    rgb: RGB
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a picture shows. `draw` paints it.
@@ -131,12 +172,16 @@ class Scene:
         height: Pixels.
         background: What lies under the objects.
         objects: The things in it; their boxes do not overlap.
+        lines: Edges of a table or steps of a chart.
+        marked: Index of the object in a red rectangle.
     """
 
     width: int
     height: int
     background: Background
     objects: tuple[SceneObject, ...]
+    lines: tuple[Line, ...] = ()
+    marked: int | None = None
 
     @property
     def size(self) -> Size:
@@ -151,19 +196,44 @@ class Scene:
     @property
     def texts(self) -> tuple[SceneObject, ...]:
         """The objects that are printed words and numbers."""
-        return tuple(item for item in self.objects if item.kind != "shape")
+        return tuple(item for item in self.objects if item.is_text)
+
+    @property
+    def bars(self) -> tuple[SceneObject, ...]:
+        """The objects that are bars of a chart."""
+        return tuple(item for item in self.objects if item.kind == "bar")
 
     def draw(self) -> Image.Image:
         """Paints the scene as an RGB picture of `size`."""
         scale = 2 if max(self.size) < SUPERSAMPLE_BELOW else 1
         canvas = _draw_background(self.background, self.size, scale)
         pen = ImageDraw.Draw(canvas)
+        for line in self.lines:
+            _fill(pen, line.box, line.rgb, scale)
         for item in self.objects:
             if item.kind == "shape":
                 _draw_shape(pen, item, scale)
+            elif item.kind == "bar":
+                _fill(pen, item.box, item.rgb, scale)
             else:
                 _draw_text(canvas, item, scale)
+        if self.marked is not None:
+            _draw_mark(pen, self.objects[self.marked].box, self.size, scale)
         return canvas if scale == 1 else canvas.reduce(scale)
+
+
+def _fill(pen: ImageDraw.ImageDraw, box: Box, rgb: RGB, scale: int) -> None:
+    # PIL paints the last row and column of what it is given, hence the 1 less.
+    x1, y1, x2, y2 = (round(value * scale) for value in box)
+    pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), fill=rgb)
+
+
+def _draw_mark(pen: ImageDraw.ImageDraw, box: Box, size: Size, scale: int) -> None:
+    """Draws a red rectangle around an object, a little away from it."""
+    width = max(2, round(MARK_WIDTH_FRACTION * min(size)))
+    x1, y1, x2, y2 = box
+    outer = (x1 - 2 * width, y1 - 2 * width, x2 + 2 * width, y2 + 2 * width)
+    pen.rectangle(tuple(round(value * scale) for value in outer), outline=MARK_RGB, width=width * scale)
 
 
 def _draw_background(background: Background, size: Size, scale: int) -> Image.Image:
@@ -235,6 +305,15 @@ def _text_mask(text: str) -> Image.Image:
     return mask.crop(mask.getbbox())
 
 
+@lru_cache(maxsize=2048)
+def _letter_parts(text: str) -> tuple[float, ...]:
+    """Middles of the letters of a text as parts of its width, 0 to 1."""
+    font = ImageFont.load_default(TEXT_MASK_SIZE)
+    left, _, right, _ = font.getbbox(text)
+    ends = [font.getlength(text[:count]) for count in range(len(text) + 1)]
+    return tuple(((start + end) / 2 - left) / (right - left) for start, end in pairwise(ends))
+
+
 def _draw_text(canvas: Image.Image, item: SceneObject, scale: int) -> None:
     x1, y1, x2, y2 = (round(value * scale) for value in item.box)
     ink = _text_mask(item.name).resize((x2 - x1, y2 - y1), Image.Resampling.BICUBIC)
@@ -260,7 +339,8 @@ def random_background(rng: random.Random) -> Background:
     return Background(style, first, second, rng.random() < 0.5, rng.randint(8, 24))  # type: ignore[arg-type]
 
 
-def _jitter(rng: random.Random, rgb: RGB) -> RGB:
+def vary_color(rng: random.Random, rgb: RGB) -> RGB:
+    """A colour by up to `COLOR_JITTER` away in every channel."""
     red, green, blue = (min(255, max(0, value + rng.randint(-COLOR_JITTER, COLOR_JITTER))) for value in rgb)
     return red, green, blue
 
@@ -273,12 +353,29 @@ class ObjectPlan(NamedTuple):
     color: str
 
 
-def random_text_plan(rng: random.Random) -> ObjectPlan:
-    """Draws a word of the list or a number of 1 to 4 digits."""
+def random_word(rng: random.Random, words: Sequence[str] | None = None) -> str:
+    """Draws one of `words`; by default a word of `TRAIN_WORDS` or, as often, 3 to 6 letters that make none."""
+    if words is not None:
+        return rng.choice(words)
     if rng.random() < 0.5:
-        return ObjectPlan("word", rng.choice(WORDS), TEXT_COLOR)
+        return rng.choice(TRAIN_WORDS)
+    while True:
+        text = "".join(rng.choices(LETTERS, k=rng.choice(WORD_LENGTHS)))
+        if text not in HELD_OUT_WORDS:
+            return text
+
+
+def random_number(rng: random.Random) -> str:
+    """Draws a number of 1 to 4 digits."""
     digits = rng.choices((1, 2, 3, 4), (15, 35, 30, 20))[0]
-    return ObjectPlan("number", str(rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)), TEXT_COLOR)
+    return str(rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1))
+
+
+def random_text_plan(rng: random.Random, words: Sequence[str] | None = None) -> ObjectPlan:
+    """Draws a word (see `random_word`) or, as often, a number."""
+    if rng.random() < 0.5:
+        return ObjectPlan("word", random_word(rng, words), TEXT_COLOR)
+    return ObjectPlan("number", random_number(rng), TEXT_COLOR)
 
 
 def _extent(rng: random.Random, plan: ObjectPlan, size: Size, low: float, high: float) -> Size:
@@ -287,9 +384,13 @@ def _extent(rng: random.Random, plan: ObjectPlan, size: Size, low: float, high: 
     if plan.kind == "shape":
         stretch = math.sqrt(rng.uniform(0.8, 1.25))
         return max(4, round(side * stretch)), max(4, round(side / stretch))
-    mask = _text_mask(plan.name)
-    # The height of letters; a word is wider than that, and must fit.
-    height = min(side * 0.75, 0.8 * size[0] * mask.height / mask.width)
+    return text_extent(plan.name, side * 0.75, 0.8 * size[0])
+
+
+def text_extent(text: str, height: float, max_width: float) -> Size:
+    """Width and height in pixels of a printed text with letters of a height, smaller where it would be too wide."""
+    mask = _text_mask(text)
+    height = min(height, max_width * mask.height / mask.width)
     return max(4, round(height * mask.width / mask.height)), max(4, round(height))
 
 
@@ -325,7 +426,7 @@ def place_objects(
     gap = math.ceil(0.02 * min(size))
     placed: list[SceneObject] = []
     for plan in plans:
-        rgb = _jitter(rng, TEXT_RGB if plan.kind != "shape" else COLORS[plan.color])
+        rgb = vary_color(rng, TEXT_RGB if plan.kind != "shape" else COLORS[plan.color])
         most = MAX_ANGLES.get(plan.name, 0) if plan.kind == "shape" else 0
         angle = float(rng.randint(-most, most)) if rng.random() < 0.4 else 0.0
         for attempt in range(PLACING_ATTEMPTS):
@@ -353,6 +454,7 @@ def random_plans(
     unique: bool = False,
     shapes: Sequence[str] | None = None,
     colors: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
 ) -> list[ObjectPlan]:
     """Draws what a scene holds; see `random_scene` for the arguments."""
     _check_names("shapes", shapes, SHAPE_NAMES)
@@ -364,9 +466,9 @@ def random_plans(
     pairs = [(color, shape) for color in colors for shape in shapes]
     plans = []
     if text_probability > 0 and rng.random() < text_probability:
-        plans.append(random_text_plan(rng))
+        plans.append(random_text_plan(rng, words))
         if num_objects > 2 and rng.random() < 0.2:
-            plans.append(random_text_plan(rng))
+            plans.append(random_text_plan(rng, words))
     wanted = max(0, num_objects - len(plans))
     picked = rng.sample(pairs, min(wanted, len(pairs))) if unique else [rng.choice(pairs) for _ in range(wanted)]
     return plans + [ObjectPlan("shape", shape, color) for color, shape in picked]
@@ -383,6 +485,7 @@ def random_scene(
     unique: bool = False,
     shapes: Sequence[str] | None = None,
     colors: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
 ) -> Scene:
     """Draws a scene. It always ends: an object that finds no free place is left out, the first one always fits.
 
@@ -396,6 +499,7 @@ def random_scene(
         unique: Whether no two shapes share both shape and colour.
         shapes: Shapes to draw from. By default all of them, and in one scene of four only one to three.
         colors: The same for colours.
+        words: Words to print, see `random_word`.
 
     Raises:
         ValueError: If the bounds on the number or the size of objects make no sense, or a shape or colour is unknown.
@@ -406,7 +510,28 @@ def random_scene(
     size = size if size is not None else random_size(rng)
     background = random_background(rng)
     plans = random_plans(
-        rng, rng.randint(low, high), text_probability=text_probability, unique=unique, shapes=shapes, colors=colors
+        rng,
+        rng.randint(low, high),
+        text_probability=text_probability,
+        unique=unique,
+        shapes=shapes,
+        colors=colors,
+        words=words,
     )
     objects = place_objects(rng, plans, size, min_side_fraction=min_side_fraction, max_side_fraction=max_side_fraction)
     return Scene(*size, background, objects)
+
+
+def mark_object(rng: random.Random, scene: Scene) -> Scene:
+    """The scene with one of its shapes in a red rectangle; as it is where it has none."""
+    numbers = [number for number, item in enumerate(scene.objects) if item.kind == "shape"]
+    return replace(scene, marked=rng.choice(numbers)) if numbers else scene
+
+
+def small_scene(rng: random.Random, *, size: Size | None = None, num_objects: tuple[int, int] = (1, 6)) -> Scene:
+    """Draws a scene of shapes whose sides are all under a twelfth of the picture's shorter side."""
+    size = size if size is not None else rng.choice(LARGE_SIZES)
+    low, high = SMALL_SIDE_FRACTIONS
+    return random_scene(
+        rng, size=size, num_objects=num_objects, text_probability=0.0, min_side_fraction=low, max_side_fraction=high
+    )

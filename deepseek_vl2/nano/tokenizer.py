@@ -1,8 +1,8 @@
 """nano's tokenizer: byte-level BPE cut like DeepSeek's, small, with one token for every coordinate.
 
 The vocabulary is built anew each time from the phrases in `questions` and comes out the same: 256 bytes, the numbers 10
-to 999, merges for the words of questions and answers, the special tokens at the end. Capital letters never join, so
-printed words are read letter by letter.
+to 999, merges for the words of questions and answers, free places, the special tokens at the end. Capital letters
+never join and digits do so in boxes only, so printed words and numbers are read sign by sign.
 """
 
 import json
@@ -14,16 +14,18 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek_vl2.models.special_tokens import ADDED_TOKENS, BOS, EOS, PAD
 from deepseek_vl2.nano import questions
-from deepseek_vl2.nano.scenes import COLOR_NAMES, SHAPE_NAMES
+from deepseek_vl2.nano.layouts import ROW_NAMES
+from deepseek_vl2.nano.phrases import ANY_SHAPE_ZH, COLORS_ZH, SHAPES_ZH, row_in_words
 
-VOCAB_SIZE = 1664
+VOCAB_SIZE = 1920
 MODEL_MAX_LENGTH = 4096
 NUM_INTEGERS = 1000
 SPECIAL_TOKENS = (PAD, BOS, EOS, *ADDED_TOKENS)
 
-# Up to three digits; the marks of a list of boxes; a word with the space before it; other signs; line ends and spaces.
+# A coordinate of up to three digits behind "[" or ", "; any other digit alone; the marks of a list of boxes; a word
+# with the space before it; other signs; line ends and spaces.
 SPLIT_PATTERN = (
-    r"\p{N}{1,3}"
+    r"(?<=\[|, )\p{N}{1,3}|\p{N}"
     r"|\], \[|\[\[|\]\]|, (?=\p{N}|\z)"
     r"|[^\r\n\p{L}\p{N}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+?(?=\[\[|\]\]|, |[^\p{P}\p{S}]|\z)[\r\n]*"
@@ -38,22 +40,50 @@ most name near nearest next no not on only or other over part photo please read 
 small smaller smallest tall than these they three top two under up yes zero
 """
 MORE_WORDS = tuple(_WORD_LIST.split())
-MORE_ANSWERS = ("yes", "no", "left", "right", "above", "below", "zero", "one", "two", "three", "none", "both")
+WORDS_ZH = (
+    "找到",
+    "请找到",
+    "定位",
+    "在哪里",
+    "框出",
+    "的",
+    "所有的",
+    "图中",
+    "有几个",
+    "是什么",
+    "颜色",
+    "形状",
+    "。",
+    "？",
+)
+MORE_ANSWERS = (
+    "image_1",
+    "This is image_1: ",
+    "yes",
+    "no",
+    "left",
+    "right",
+    "above",
+    "below",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "none",
+    "both",
+)
 
 
-def _phrases() -> Iterator[str]:
-    """Every form of a question with every name that can stand in it, and the names by themselves."""
-    nouns = [*SHAPE_NAMES, *questions.ANY_SHAPE, "word", "number"]
-    names = [f"{color} {noun}" for color in COLOR_NAMES for noun in nouns] + nouns
-    for name in names:
-        yield from (name, f"the {name}", f"the {questions.plural(name)}", name.capitalize(), f"The {name}")
-    for form in (*questions.MARKED_LOCATE, *questions.PLAIN_LOCATE, *questions.COLOR, *questions.SHAPE):
-        yield form.format("the circle")
-    for form in (*questions.LOCATE_ALL, *questions.COUNT):
-        yield form.format("circles", one="circle")
-    yield from (form.split("|>")[-1] for form in questions.DESCRIBE)
-    yield from (*questions.READ_WORD, *questions.READ_NUMBER, *questions.READ_TEXT)
+def _corpus() -> Iterator[str]:
+    """What merges are learnt from: phrases weigh more than other words, so their merges come first."""
+    for phrase in questions.all_phrases():
+        yield from [phrase] * 4
     yield "[[0, 0, 0, 0], [0, 0, 0, 0]]\n\n: . "
+    yield from (f" {word}" for word in MORE_WORDS)
+    yield from MORE_ANSWERS
+    yield from (f" {row_in_words(row)}" for row in ROW_NAMES)
+    # Chinese is not cut into words by spaces; each is learnt by itself so that a colour and a shape stay two.
+    yield from (*COLORS_ZH.values(), *SHAPES_ZH.values(), *ANY_SHAPE_ZH, *WORDS_ZH)
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -77,12 +107,10 @@ def _word_merges(alphabet: list[str], limit: int) -> list[tuple[str, str]]:
     """The first `limit` merges that BPE learns on the phrases."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = _pre_tokenizer()
-    # The phrases weigh more than the other words, so their merges come first.
-    corpus = [phrase for phrase in _phrases() for _ in range(4)] + [f" {word}" for word in MORE_WORDS] + [*MORE_ANSWERS]
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + limit, min_frequency=1, initial_alphabet=alphabet, show_progress=False
     )
-    trained.train_from_iterator(corpus, trainer)
+    trained.train_from_iterator(_corpus(), trainer)
     return [(left, right) for left, right in json.loads(trained.to_str())["model"]["merges"]]
 
 
@@ -90,17 +118,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Builds the tokenizer: `VOCAB_SIZE` tokens, the same on every run.
 
     Raises:
-        RuntimeError: If the phrases do not give enough merges to fill the vocabulary.
+        RuntimeError: If two merges give the same token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     numbers = [str(n) for n in range(10, NUM_INTEGERS)]
     limit = VOCAB_SIZE - len(alphabet) - len(numbers) - len(SPECIAL_TOKENS)
     word_merges = _word_merges(alphabet, limit)
-    tokens = [*alphabet, *numbers, *(left + right for left, right in word_merges)]
-    if len(tokens) + len(SPECIAL_TOKENS) != VOCAB_SIZE or len(set(tokens)) != len(tokens):
-        raise RuntimeError(
-            f"the phrases give {len(word_merges)} merges where a vocabulary of {VOCAB_SIZE} takes {limit}; add words"
-        )
+    # Places that words leave free, so that no id moves when words are added.
+    reserved = [f"<|reserved_{number}|>" for number in range(limit - len(word_merges))]
+    tokens = [*alphabet, *numbers, *(left + right for left, right in word_merges), *reserved]
+    if len(set(tokens)) != len(tokens):
+        raise RuntimeError("two merges give the same token")
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=_number_merges() + word_merges))
     backend.pre_tokenizer = _pre_tokenizer()
@@ -130,8 +158,9 @@ def number_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """
     ids = []
     for number in range(NUM_INTEGERS):
-        found = tokenizer.encode(str(number), add_special_tokens=False)
-        if len(found) != 1:
-            raise ValueError(f"the tokenizer cuts {number} into {len(found)} tokens; this is not nano's tokenizer")
-        ids += found
+        # As it stands in a box; elsewhere a number is cut into digits.
+        found = tokenizer.encode(f"[{number}", add_special_tokens=False)
+        if len(found) != 2:
+            raise ValueError(f"the tokenizer cuts [{number} into {len(found)} tokens; this is not nano's tokenizer")
+        ids.append(found[1])
     return ids

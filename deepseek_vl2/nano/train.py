@@ -25,7 +25,7 @@ from deepseek_vl2.nano.losses import (
     PointingLoss,
 )
 from deepseek_vl2.nano.muon import Muon
-from deepseek_vl2.nano.questions import TRAIN_SPLIT
+from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 from deepseek_vl2.nano.tokenizer import number_token_ids
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class TrainingSettings:
         views: Tower and projector learn what each image token of single views sees.
         answers: Projector and language model learn answers, the tower is fixed.
         together: Everything learns answers.
-        tokens_a_picture: Tokens of questions and answers for each picture.
+        tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the loss on what each image token sees, beside that of answers.
         pointing_weight: Weight of the loss on where attention goes.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
@@ -83,9 +83,9 @@ class TrainingSettings:
     """
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
-    answers: StageSettings = field(default_factory=lambda: StageSettings(1800, 32, 3e-3, 2e-3, last_factor=1.0))
-    together: StageSettings = field(default_factory=lambda: StageSettings(2400, 32, 2.4e-3, 1.6e-3, decay_share=0.85))
-    tokens_a_picture: int = 128
+    answers: StageSettings = field(default_factory=lambda: StageSettings(1150, 32, 3e-3, 2e-3, last_factor=1.0))
+    together: StageSettings = field(default_factory=lambda: StageSettings(1400, 32, 2.4e-3, 1.6e-3, decay_share=0.85))
+    tokens_a_row: int = 128
     dense_weight: float = 0.3
     pointing_weight: float = 0.5
     coordinate_spread: float = 6.0
@@ -126,7 +126,12 @@ class NanoTrainer:
         targets = NumberTargets(number_token_ids(tokenizer), len(tokenizer), settings.coordinate_spread)
         self.answer_loss = AnswerLoss.for_tokenizer(targets, tokenizer)
         width = self.model.config.projector_config.n_embed
-        self.heads = nn.ModuleDict({"views": DenseHeads(width, targets), "scenes": DenseHeads(width, targets)})
+        self.heads = nn.ModuleDict(
+            {
+                "views": DenseHeads(width, targets, knows_scene=False),
+                "scenes": DenseHeads(width, targets, knows_scene=True),
+            }
+        )
         self.model.language.set_attn_implementation(ATTENTION_NAME)
         self.read_states: torch.Tensor | None = None
         self.model.language.model.layers[READING_LAYER].register_forward_hook(self._keep_states)
@@ -186,9 +191,8 @@ class NanoTrainer:
                 use_cache=False,
                 pointing=pointing,
             ).last_hidden_state
-            rows = torch.arange(len(batch.input_ids))[:, None]
-            of_cells: Any = self.read_states[rows, batch.cell_positions]  # type: ignore[index]
-            dense = self.heads["scenes"](of_cells.flatten(0, 1), batch.cells, output_layer)
+            of_cells: Any = self.read_states[batch.cell_rows, batch.cell_positions]  # type: ignore[index]
+            dense = self.heads["scenes"](of_cells, batch.cells, output_layer)
             return self.answer_loss(hidden, output_layer, batch) | dense | {"pointing": pointing.value}
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -266,12 +270,12 @@ class NanoTrainer:
         else:
             curriculum = Curriculum(settings.num_batches)
             if self.stage == "together":
-                curriculum = Curriculum(settings.num_batches, growing_share=0.0)
+                curriculum = Curriculum(settings.num_batches, growing_share=0.0, last_small_share=0.25)
             dataset = AnswerBatches(
                 self.processor,
                 curriculum,
                 settings.batch_size,
-                self.settings.tokens_a_picture,
+                self.settings.tokens_a_row,
                 split=f"{TRAIN_SPLIT}-{self.stage}",
             )
         order = range(self.next_batch, settings.num_batches)
