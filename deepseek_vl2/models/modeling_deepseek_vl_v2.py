@@ -115,7 +115,8 @@ def _sources_of_views(views: torch.Tensor, grids: Sequence[TileGrid]) -> list[in
 
     A picture of one tile has its global view twice, so that half of the work can be left out.
     """
-    sources, start = [], 0
+    sources: list[int] = []
+    start = 0
     for grid in grids:
         is_twice = grid == TileGrid(1, 1) and torch.equal(views[start], views[start + 1])
         sources += [start, start] if is_twice else range(start, start + grid.num_views)

@@ -1,130 +1,167 @@
 """Measures a model on held-out scenes: `python -m deepseek_vl2.nano.evaluate`.
 
-Every scene, question and picture comes from the seeds of the evaluation split, which no training draws from. Questions
-go the whole way that a user's go: picture, processor, `generate`, text, parser.
+Draws the questions of every ability of nano from the seeds of the evaluation split, which no training draws from,
+writes them as files and runs `python -m deepseek_vl2.evaluate` on each. `--card` puts the numbers into a model card.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from deepseek_vl2.evaluate.metrics import IOU_THRESHOLD, match_boxes
-from deepseek_vl2.evaluate.runner import answer_batch
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
-from deepseek_vl2.nano.questions import EVAL_SPLIT, TASKS, Example, example_at
-from deepseek_vl2.serve.grounding import read_grounding
-from deepseek_vl2.utils.io import DTYPES, load_pretrained_model
+from deepseek_vl2.evaluate.__main__ import RESULTS_FILE
+from deepseek_vl2.evaluate.__main__ import main as run_evaluation
+from deepseek_vl2.evaluate.judges import plain_answer
+from deepseek_vl2.models.special_tokens import ASSISTANT, USER
+from deepseek_vl2.nano.questions import Example
+from deepseek_vl2.nano.several import beginning_of
+from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
 
-MAX_NEW_TOKENS = 160
+PROGRAM = "python -m deepseek_vl2.nano.evaluate"
+MAX_NEW_TOKENS = 200
+QUESTIONS_FILE = "questions.jsonl"
+# The same questions, asked with the global view alone.
+UNTILED_TASK = "small"
+UNTILED_TITLE = "the same with the global view alone"
+TABLE_START, TABLE_END = "<!-- nano-accuracy -->", "<!-- /nano-accuracy -->"
 
 
-def judge(example: Example, answer: str) -> dict[str, float]:
-    """Scores of one answer.
+def messages_of(example: Example, is_numbered: bool = False) -> list[dict[str, Any]]:
+    """The conversation that waits for the answer of an example, without its pictures.
+
+    Args:
+        example: The question.
+        is_numbered: Whether several pictures are introduced by number, see `beginning_of`.
+    """
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(example.turns):
+        beginning = "" if number else beginning_of(len(example.scenes), is_numbered) + "\n"
+        messages.append({"role": USER, "content": beginning + turn.question})
+        messages.append({"role": ASSISTANT, "content": turn.answer})
+    return messages[:-1]
+
+
+def write_questions(task: str, folder: Path, num_scenes: int, first: int = 0) -> Path:
+    """Writes questions `first` to `first + num_scenes` of a task and their pictures.
 
     Returns:
-        `accuracy`: for boxes whether every expected box is met with IoU of at least 0.5 and there are no others, for
-        words whether the answer is the expected one. For boxes also `iou`, the mean over the expected ones.
+        The file of questions, in the form that `deepseek_vl2.evaluate` reads as `conversations`.
     """
-    if not example.boxes:
-        return {"accuracy": float(answer.strip().rstrip(".").lower() == example.answer.lower())}
-    found = [box.to_pixels(*example.scene.size) for box in read_grounding(answer).boxes]
-    scores = match_boxes(found, example.boxes)
-    is_right = len(found) == len(scores) and min(scores) >= IOU_THRESHOLD
-    return {"accuracy": float(is_right), "iou": sum(scores) / len(scores)}
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in tqdm(range(first, first + num_scenes), desc=f"drawing {task}", unit="scene"):
+        example = example_at(EVAL_SPLIT, index, task)
+        names = []
+        for number, scene in enumerate(example.scenes, start=1):
+            names.append(f"pictures/{index:06d}_{number}.png")
+            scene.draw().save(folder / names[-1])
+        messages = messages_of(example, is_numbered=len(example.scenes) > 2 and index % 2 == 0)
+        messages[0]["images"] = names
+        record: dict[str, Any] = {"id": f"{task}-{index}", "conversations": messages}
+        record["answer"] = plain_answer(example.answer)
+        if example.boxes:
+            record["boxes"] = [list(box) for box in example.boxes]
+        lines.append(json.dumps(record, ensure_ascii=False))
+    path = folder / QUESTIONS_FILE
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
-def answer_examples(
-    model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, examples: Sequence[Example]
-) -> list[str]:
-    """Answers questions greedily, as one batch."""
-    prompts = [
-        processor.process_one(
-            conversations=[
-                {"role": USER, "content": f"{IMAGE}\n{example.question}"},
-                {"role": ASSISTANT, "content": ""},
-            ],
-            images=[example.scene.draw()],
+def measure(options: argparse.Namespace, task: str, is_tiled: bool = True) -> dict[str, Any]:
+    """Runs the evaluation of one task; returns its results.
+
+    Raises:
+        RuntimeError: If the evaluation failed; it has said why.
+    """
+    folder = options.output / task
+    path = folder / QUESTIONS_FILE
+    if is_tiled:
+        write_questions(task, folder, options.num_scenes, options.first_scene)
+    run_folder = folder / ("run" if is_tiled else "run_untiled")
+    arguments = ["--model_path", options.model_path, "--data", str(path), "--task", TASKS[task].judge]
+    arguments += ["--output", str(run_folder), "--batch_size", str(options.batch_size), "--dtype", options.dtype]
+    arguments += ["--device", options.device, "--max_new_tokens", str(MAX_NEW_TOKENS)]
+    code = run_evaluation(arguments if is_tiled else [*arguments, "--no_tiling"])
+    if code:
+        raise RuntimeError(f"the evaluation of {task!r} ended with exit code {code}")
+    return json.loads((run_folder / RESULTS_FILE).read_text(encoding="utf-8"))
+
+
+def format_rows(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of a model card.
+
+    Args:
+        results: For each task, and for `UNTILED_TASK` + "_untiled", the content of results.json.
+    """
+    lines = ["| task | measured by | score | 95 % interval | mean IoU |", "|---|---|---|---|---|"]
+    for name, result in results.items():
+        numbers = result["overall"]
+        title = TASKS[name].title if name in TASKS else UNTILED_TITLE
+        interval = "{low:.3f} to {high:.3f}".format(
+            **{bound: numbers["interval"][bound] / 100 for bound in ("low", "high")}
         )
-        for example in examples
-    ]
-    return answer_batch(model, processor, prompts, MAX_NEW_TOKENS)
+        iou = f"{numbers['mean_iou'] / 100:.3f}" if "mean_iou" in numbers else ""
+        lines.append(f"| {name}: {title} | {result['metric']} | {numbers['score'] / 100:.3f} | {interval} | {iou} |")
+    return "\n".join(lines)
 
 
-def evaluate_task(
-    model: DeepseekVLV2ForCausalLM,
-    processor: DeepseekVLV2Processor,
-    task: str,
-    num_scenes: int,
-    batch_size: int,
-    first: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """Asks one task of scenes `first` to `first + num_scenes` of the evaluation split; yields one record a scene."""
-    indices = range(first, first + num_scenes)
-    with tqdm(total=num_scenes, desc=task, unit="scene") as bar:
-        for start in range(0, num_scenes, batch_size):
-            chunk = indices[start : start + batch_size]
-            examples = [example_at(EVAL_SPLIT, index, {task: 1.0}) for index in chunk]
-            answers = answer_examples(model, processor, examples)
-            for index, example, answer in zip(chunk, examples, answers, strict=True):
-                record = {"task": task, "scene": index, "question": example.question, "expected": example.answer}
-                yield record | {"answer": answer} | judge(example, answer)
-            bar.update(len(chunk))
+def update_card(path: Path, table: str) -> None:
+    """Puts a table between the marks of a card.
 
-
-def summarize(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means of all scores, by task."""
-    summary: dict[str, dict[str, float]] = {}
-    for task in dict.fromkeys(record["task"] for record in records):
-        own = [record for record in records if record["task"] == task]
-        names = [name for name in ("accuracy", "iou") if name in own[0]]
-        means: dict[str, float] = {name: round(sum(record[name] for record in own) / len(own), 4) for name in names}
-        summary[task] = {"scenes": len(own), **means}
-    return summary
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; prints a table, then one line of JSON.
-
-    Returns:
-        The exit code: 0, or 2 after an error that the user can mend.
+    Raises:
+        ValueError: If the file has no marks.
     """
-    parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano.evaluate", description=__doc__.split("\n")[0])
+    text = path.read_text(encoding="utf-8")
+    before, found_start, rest = text.partition(TABLE_START)
+    _, found_end, after = rest.partition(TABLE_END)
+    if not (found_start and found_end):
+        raise ValueError(f"{path} has no place for the table: {TABLE_START} and {TABLE_END}")
+    path.write_text(f"{before}{TABLE_START}\n{table}\n{TABLE_END}{after}", encoding="utf-8")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model_path", default="nano", help="'nano' or a checkpoint folder; default: nano")
+    parser.add_argument("--output", type=Path, default=Path("runs/nano_evaluation"), help="questions, answers, reports")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")
     parser.add_argument("--num_scenes", type=int, default=500, help="scenes a task; default: 500")
     parser.add_argument("--first_scene", type=int, default=0, help="number of the first scene; default: 0")
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    parser.add_argument("--output", type=Path, help="JSON lines of all answers")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--card", type=Path, nargs="*", default=[], help="Markdown files to put the numbers into")
     options = parser.parse_args(arguments)
     if min(options.num_scenes, options.batch_size) < 1 or options.first_scene < 0:
         parser.error("--num_scenes and --batch_size must be at least 1, --first_scene at least 0")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; prints a table, then one line of JSON.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can mend.
+    """
+    options = parse_arguments(arguments)
+    results: dict[str, dict[str, Any]] = {}
     try:
-        loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        for task in options.tasks:
+            results[task] = measure(options, task)
+            if task == UNTILED_TASK:
+                results[f"{task}_untiled"] = measure(options, task, is_tiled=False)
+        for card in options.card:
+            update_card(card, format_rows(results))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    records: list[dict[str, Any]] = []
-    for task in options.tasks:
-        records += evaluate_task(
-            loaded.model, loaded.processor, task, options.num_scenes, options.batch_size, options.first_scene
-        )
-    if options.output:
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    summary = summarize(records)
-    print(f"{'task':<12} {'scenes':>6} {'accuracy':>9} {'mean IoU':>9}")
-    for task, scores in summary.items():
-        iou = f"{scores['iou']:9.3f}" if "iou" in scores else " " * 9
-        print(f"{task:<12} {scores['scenes']:6d} {scores['accuracy']:9.3f} {iou}")
-    print(json.dumps(summary))
+    print(format_rows(results))
+    print(json.dumps({name: result["overall"] for name, result in results.items()}))
     return 0
 
 

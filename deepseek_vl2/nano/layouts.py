@@ -74,7 +74,7 @@ def text_scene(
 def reading_scene(
     rng: random.Random, kind: str, *, size: Size | None = None, words: Sequence[str] | None = None
 ) -> Scene:
-    """Draws a scene with one text of a kind ("word", "number"), perhaps one of the other kind, and up to three shapes."""
+    """Draws a scene with one text ("word" or "number"), perhaps one of the other kind, and up to three shapes."""
     size = size if size is not None else random_size(rng)
     background = random_background(rng)
     texts = {"word": random_word(rng, words), "number": random_number(rng)}
@@ -113,7 +113,7 @@ def table_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
             )
             text = (row or column) if not (row and column) else str(rng.randint(0, 99))
             if text:
-                kind = "number" if row and column else "word"
+                kind: Kind = "number" if row and column else "word"
                 objects.append(_centered_text(rng, kind, text, cell, letter_height, row, column))
     return Scene(*size, background, tuple(objects), tuple(lines))
 
@@ -150,7 +150,7 @@ def chart_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
         x1 = left + (number + 0.5) * slot - bar_width / 2
         box = tuple(float(round(edge)) for edge in (x1, bottom - value * step, x1 + bar_width, bottom))
         objects.append(SceneObject("bar", str(value), color, box, vary_color(rng, COLORS[color]), column=column))  # type: ignore[arg-type]
-        cell = (left + number * slot, bottom + 0.3 * letter_height, left + (number + 1) * slot, height)
+        cell = (left + number * slot, bottom + 0.3 * letter_height, left + (number + 1) * slot, float(height))
         objects.append(_centered_text(rng, "word", column, cell, letter_height, "", column))
     for value in AXIS_LABELS:
         y = bottom - value * step

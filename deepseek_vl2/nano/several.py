@@ -44,7 +44,7 @@ def in_context_scenes(
     sizes = sizes if sizes is not None else (random_size(rng), random_size(rng))
     shape = rng.choice(SHAPE_NAMES)
     others = [name for name in SHAPE_NAMES if name != shape]
-    scenes = []
+    scenes: list[Scene] = []
     for size in sizes:
         plans = [ObjectPlan("shape", shape, rng.choice(COLOR_NAMES))]
         # The first scene may hold more of the kind, the mark tells which is meant.
