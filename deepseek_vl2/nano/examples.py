@@ -4,15 +4,13 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
+from deepseek_vl2.nano.layouts import chart_scene, table_scene
 from deepseek_vl2.nano.scenes import ObjectPlan, Scene, Size, place_objects, random_background
 
 JPEG_QUALITY = 95
-MARK_COLOR = (255, 0, 0)
 
 
 def _shape(color: str, name: str) -> ObjectPlan:
@@ -39,6 +37,18 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         (_shape("green", "circle"), _shape("green", "circle"), _shape("green", "circle"), _shape("orange", "star")),
         None,
     ),
+    "grounding_conversation_1.jpeg": (
+        10,
+        (448, 336),
+        (_shape("orange", "circle"), _shape("blue", "square"), _shape("green", "triangle"), _shape("purple", "star")),
+        None,
+    ),
+    "vqa_1.jpeg": (
+        11,
+        (480, 360),
+        (_shape("green", "triangle"), _shape("red", "circle"), _shape("black", "star"), _shape("blue", "cross")),
+        None,
+    ),
     "multi_image_1.jpeg": (4, (320, 240), (_shape("red", "circle"), _shape("red", "circle")), None),
     "multi_image_2.jpeg": (5, (320, 240), (_shape("blue", "square"),), None),
     "multi_image_3.jpeg": (6, (320, 240), (_shape("yellow", "star"), _shape("purple", "triangle")), None),
@@ -49,8 +59,14 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         (_shape("green", "star"), _shape("red", "square"), _shape("black", "diamond")),
         None,
     ),
-    "printed_word.jpeg": (9, (448, 224), (ObjectPlan("word", "SHIP", "dark"), _shape("cyan", "square")), None),
+    "printed_word.jpeg": (9, (448, 336), (ObjectPlan("word", "SHIP", "dark"), _shape("cyan", "square")), None),
 }
+# The same for scenes with an order of their own: seed, size, and how they are drawn.
+LAYOUTS: Mapping[str, tuple[int, Size, Callable[..., Scene]]] = {
+    "table_1.jpeg": (12, (448, 336), table_scene),
+    "chart_1.jpeg": (13, (448, 336), chart_scene),
+}
+NAMES = (*EXAMPLES, *LAYOUTS)
 
 
 def example_scene(name: str) -> Scene:
@@ -59,33 +75,24 @@ def example_scene(name: str) -> Scene:
     Raises:
         ValueError: If there is no such example.
     """
+    if name in LAYOUTS:
+        seed, size, draw = LAYOUTS[name]
+        return draw(random.Random(seed), size=size)
     if name not in EXAMPLES:
-        raise ValueError(f"There is no example {name!r}. Choose one of {', '.join(EXAMPLES)}.")
-    seed, size, plans, _ = EXAMPLES[name]
+        raise ValueError(f"There is no example {name!r}. Choose one of {', '.join(NAMES)}.")
+    seed, size, plans, marked = EXAMPLES[name]
     rng = random.Random(seed)
     background = random_background(rng)
     objects = place_objects(rng, plans, size, min_side_fraction=0.22, max_side_fraction=0.4)
-    return Scene(*size, background, objects)
-
-
-def draw_example(name: str) -> Image.Image:
-    """The picture of an example, the marked object in a red rectangle."""
-    scene = example_scene(name)
-    picture = scene.draw()
-    marked = EXAMPLES[name][3]
-    if marked is not None:
-        x1, y1, x2, y2 = scene.objects[marked].box
-        margin = 8
-        ImageDraw.Draw(picture).rectangle((x1 - margin, y1 - margin, x2 + margin, y2 + margin), None, MARK_COLOR, 4)
-    return picture
+    return Scene(*size, background, objects, marked=marked)
 
 
 def write_examples(folder: Path) -> None:
     """Writes all pictures, and what is in them to `scenes.json`: label and box x1, y1, x2, y2 in pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {}
-    for name in EXAMPLES:
-        draw_example(name).save(folder / name, quality=JPEG_QUALITY)
+    for name in NAMES:
+        example_scene(name).draw().save(folder / name, quality=JPEG_QUALITY)
         content[name] = [{"label": item.description, "box": item.box} for item in example_scene(name).objects]
     (folder / "scenes.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
