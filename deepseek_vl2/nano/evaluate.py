@@ -7,7 +7,7 @@ writes them as files and runs `python -m deepseek_vl2.evaluate` on each. `--card
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ TABLE_START, TABLE_END = "<!-- nano-accuracy -->", "<!-- /nano-accuracy -->"
 
 
 def messages_of(example: Example, is_numbered: bool = False) -> list[dict[str, Any]]:
-    """The conversation that waits for the answer of an example, without its pictures.
+    """The conversation of an example, its answer last, without pictures.
 
     Args:
         example: The question.
@@ -42,54 +42,76 @@ def messages_of(example: Example, is_numbered: bool = False) -> list[dict[str, A
         beginning = "" if number else beginning_of(len(example.scenes), is_numbered) + "\n"
         messages.append({"role": USER, "content": beginning + turn.question})
         messages.append({"role": ASSISTANT, "content": turn.answer})
-    return messages[:-1]
+    return messages
 
 
-def write_questions(task: str, folder: Path, num_scenes: int, first: int = 0) -> Path:
-    """Writes questions `first` to `first + num_scenes` of a task and their pictures.
+def write_examples(examples: Iterable[Example], folder: Path) -> Path:
+    """Writes questions, their answers and pictures as files.
 
     Returns:
-        The file of questions, in the form that `deepseek_vl2.evaluate` reads as `conversations`.
+        The file of questions, which `deepseek_vl2.train` and `deepseek_vl2.evaluate` read.
     """
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in tqdm(range(first, first + num_scenes), desc=f"drawing {task}", unit="scene"):
-        example = example_at(EVAL_SPLIT, index, task)
-        names = []
-        for number, scene in enumerate(example.scenes, start=1):
-            names.append(f"pictures/{index:06d}_{number}.png")
-            scene.draw().save(folder / names[-1])
-        messages = messages_of(example, is_numbered=len(example.scenes) > 2 and index % 2 == 0)
-        messages[0]["images"] = names
-        record: dict[str, Any] = {"id": f"{task}-{index}", "conversations": messages}
-        record["answer"] = plain_answer(example.answer)
-        if example.boxes:
-            record["boxes"] = [list(box) for box in example.boxes]
-        lines.append(json.dumps(record, ensure_ascii=False))
     path = folder / QUESTIONS_FILE
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for index, example in enumerate(examples):
+            names = []
+            for number, scene in enumerate(example.scenes, start=1):
+                names.append(f"pictures/{index:06d}_{number}.png")
+                scene.draw().save(folder / names[-1])
+            # Three pictures are introduced by number half of the time.
+            messages = messages_of(example, is_numbered=len(names) > 2 and index % 2 == 0)
+            messages[0]["images"] = names
+            record: dict[str, Any] = {"id": f"{example.task}-{index}", "conversations": messages}
+            # As the evaluation reads answers: without a full stop at the end.
+            record["answer"] = plain_answer(example.answer)
+            if example.boxes:
+                record["boxes"] = [list(box) for box in example.boxes]
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
 
 
-def measure(options: argparse.Namespace, task: str, is_tiled: bool = True) -> dict[str, Any]:
-    """Runs the evaluation of one task; returns its results.
+def evaluate_file(path: Path, judge: str, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs `deepseek_vl2.evaluate` on a file of questions; returns the content of its results.json.
+
+    Args:
+        path: The questions.
+        judge: Task of the evaluation.
+        folder: Of the run; one that was stopped goes on.
+        arguments: Others for the command.
 
     Raises:
         RuntimeError: If the evaluation failed; it has said why.
     """
-    folder = options.output / task
-    path = folder / QUESTIONS_FILE
-    if is_tiled:
-        write_questions(task, folder, options.num_scenes, options.first_scene)
-    run_folder = folder / ("run" if is_tiled else "run_untiled")
-    arguments = ["--model_path", options.model_path, "--data", str(path), "--task", TASKS[task].judge]
-    arguments += ["--output", str(run_folder), "--batch_size", str(options.batch_size), "--dtype", options.dtype]
-    arguments += ["--device", options.device, "--max_new_tokens", str(MAX_NEW_TOKENS)]
-    code = run_evaluation(arguments if is_tiled else [*arguments, "--no_tiling"])
+    known = ["--data", str(path), "--task", judge, "--output", str(folder), "--max_new_tokens", str(MAX_NEW_TOKENS)]
+    code = run_evaluation([*known, *arguments])
     if code:
-        raise RuntimeError(f"the evaluation of {task!r} ended with exit code {code}")
-    return json.loads((run_folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        raise RuntimeError(f"the evaluation of {path} ended with exit code {code}")
+    return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+
+
+def measure(options: argparse.Namespace, task: str) -> dict[str, dict[str, Any]]:
+    """Draws the questions of one task and runs its evaluation; that of small objects also with the global view alone.
+
+    Returns:
+        Results by name, see `format_rows`.
+
+    Raises:
+        RuntimeError: If an evaluation failed; it has said why.
+    """
+    folder = options.output / task
+    indices = range(options.first_scene, options.first_scene + options.num_scenes)
+    drawing = tqdm(indices, desc=f"drawing {task}", unit="scene")
+    path = write_examples((example_at(EVAL_SPLIT, index, task) for index in drawing), folder)
+    arguments = ["--model_path", options.model_path, "--batch_size", str(options.batch_size)]
+    arguments += ["--dtype", options.dtype, "--device", options.device]
+    judge = TASKS[task].judge
+    results = {task: evaluate_file(path, judge, folder / "run", arguments)}
+    if task == UNTILED_TASK:
+        name = f"{task}_untiled"
+        results[name] = evaluate_file(path, judge, folder / "run_untiled", [*arguments, "--no_tiling"])
+    return results
 
 
 def format_rows(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -152,9 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, dict[str, Any]] = {}
     try:
         for task in options.tasks:
-            results[task] = measure(options, task)
-            if task == UNTILED_TASK:
-                results[f"{task}_untiled"] = measure(options, task, is_tiled=False)
+            results |= measure(options, task)
         for card in options.card:
             update_card(card, format_rows(results))
     except (ValueError, OSError, RuntimeError) as error:

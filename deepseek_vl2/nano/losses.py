@@ -1,6 +1,7 @@
 """What nano learns from: answers, and what each image token sees."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,8 @@ from deepseek_vl2.serve.grounding import COORDINATE_MAX
 
 # Coordinates say which object is meant; the label and the marks around them are soon known.
 COORDINATE_WEIGHT = 4.0
-# After the first of these layers image tokens should know their whole object; the next one looks for what is asked for.
+# After this layer image tokens should know their whole object; later ones look for what is asked for.
 READING_LAYER = 2
-POINTING_LAYER = 3
-NUM_POINTING_HEADS = 2
 ATTENTION_NAME = "nano_pointing"
 
 
@@ -181,30 +180,40 @@ class PointingLoss:
 
     Args:
         batch: The batch.
+        heads: How many heads of which layers point, the first ones of each.
     """
 
-    def __init__(self, batch: AnswerBatch) -> None:
+    def __init__(self, batch: AnswerBatch, heads: Mapping[int, int]) -> None:
         self.batch = batch
-        self.value: torch.Tensor | None = None
+        self.heads = heads
+        self._of_layers: list[torch.Tensor] = []
 
-    def read(self, attention: torch.Tensor) -> None:
-        """Takes the attention [B, H, T, T] of a layer and computes the loss of its first heads."""
+    @property
+    def value(self) -> torch.Tensor:
+        """The loss, a mean over the layers that were read."""
+        return torch.stack(self._of_layers).mean()
+
+    def read(self, layer: int, attention: torch.Tensor) -> None:
+        """Takes the attention [B, H, T, T] of a layer and computes the loss of its first heads, if they point."""
+        num_heads = self.heads.get(layer, 0)
+        if not num_heads:
+            return
         pointings = self.batch.pointings
-        attention = attention[:, :NUM_POINTING_HEADS][pointings.rows, :, pointings.positions].float()  # [P, h, T]
-        of_cells = attention.gather(2, self._as_heads(self.batch.cell_table[pointings.rows]))
+        attention = attention[:, :num_heads][pointings.rows, :, pointings.positions].float()  # [P, h, T]
+
+        def as_heads(values: torch.Tensor) -> torch.Tensor:
+            return values[:, None].expand(-1, num_heads, -1)
+
+        of_cells = attention.gather(2, as_heads(self.batch.cell_table[pointings.rows]))
         # Column 0 takes cells of no group first, then the share of the first token.
         masses = torch.zeros(*attention.shape[:2], pointings.shares.shape[1])
-        masses = masses.scatter_add(2, self._as_heads(pointings.group_ids + 1), of_cells)
+        masses = masses.scatter_add(2, as_heads(pointings.group_ids + 1), of_cells)
         masses = torch.cat((attention[..., :1], masses[..., 1:]), dim=-1)
         losses = torch.special.xlogy(pointings.shares, pointings.shares).sum(-1)[:, None] - (
             pointings.shares[:, None] * (masses + 1e-6).log()
         ).sum(-1)
         weights = pointings.weights / pointings.weights.sum().clamp(min=1e-6)
-        self.value = (losses.mean(dim=1) * weights).sum()
-
-    @staticmethod
-    def _as_heads(values: torch.Tensor) -> torch.Tensor:
-        return values[:, None].expand(-1, NUM_POINTING_HEADS, -1)
+        self._of_layers.append((losses.mean(dim=1) * weights).sum())
 
 
 def pointing_attention(
@@ -216,14 +225,14 @@ def pointing_attention(
     pointing: PointingLoss | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention written out, which lets a `PointingLoss` see the weights of one layer.
+    """Attention written out, which lets a `PointingLoss` see the weights.
 
     On a CPU it learns several times faster than the fused kernel, whose way back is slow with a mask.
     """
     scores = (query * module.scaling) @ key.mT
     weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(dim=-1)
-    if pointing is not None and module.layer_idx == POINTING_LAYER:
-        pointing.read(weights)
+    if pointing is not None:
+        pointing.read(module.layer_idx, weights)
     return (weights.to(value.dtype) @ value).transpose(1, 2), None
 
 

@@ -46,6 +46,9 @@ class StageSettings:
         warmup_share: Part of the stage over which steps grow from 0.
         decay_share: Part of the stage, at its end, over which they shrink.
         last_factor: Part of the peak that they shrink to.
+        growing_share: Part of the stage, at its start, over which scenes and pictures grow.
+        last_small_share: How often a picture has one tile only after that.
+        pointing_heads: Layers of the language model and how many of their heads are told where to look.
     """
 
     num_batches: int
@@ -55,6 +58,9 @@ class StageSettings:
     warmup_share: float = 0.03
     decay_share: float = 0.4
     last_factor: float = 0.0
+    growing_share: float = 0.0
+    last_small_share: float = 0.15
+    pointing_heads: tuple[tuple[int, int], ...] = ((3, 2),)
 
     def lr_factor(self, batch: int) -> float:
         """Factor on both steps: linear growth, a plateau, linear decay."""
@@ -83,8 +89,17 @@ class TrainingSettings:
     """
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
-    answers: StageSettings = field(default_factory=lambda: StageSettings(1150, 32, 3e-3, 2e-3, last_factor=1.0))
-    together: StageSettings = field(default_factory=lambda: StageSettings(1400, 32, 2.4e-3, 1.6e-3, decay_share=0.85))
+    answers: StageSettings = field(
+        default_factory=lambda: StageSettings(
+            900, 32, 3e-3, 2e-3, warmup_share=0.0345 / 0.9, last_factor=1.0, growing_share=0.575 / 0.9
+        )
+    )
+    # Two heads of one layer find the object, but carry too little of it for four coordinates.
+    together: StageSettings = field(
+        default_factory=lambda: StageSettings(
+            1350, 32, 2.4e-3, 1.6e-3, decay_share=0.85, last_small_share=0.3, pointing_heads=((3, 4), (4, 4))
+        )
+    )
     tokens_a_row: int = 128
     dense_weight: float = 0.3
     pointing_weight: float = 0.5
@@ -181,7 +196,7 @@ class NanoTrainer:
             if isinstance(batch, ViewBatch):
                 tokens = self.model.projector(self.model.vision(batch.views))
                 return self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer)
-            pointing = PointingLoss(batch)
+            pointing = PointingLoss(batch, dict(self.stage_settings.pointing_heads))
             hidden = self.model.language.model(
                 inputs_embeds=self.model.prepare_inputs_embeds(
                     batch.input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop
@@ -268,9 +283,9 @@ class NanoTrainer:
         if self.stage == "views":
             dataset = ViewBatches(self.processor, settings.num_batches, settings.batch_size)
         else:
-            curriculum = Curriculum(settings.num_batches)
-            if self.stage == "together":
-                curriculum = Curriculum(settings.num_batches, growing_share=0.0, last_small_share=0.25)
+            curriculum = Curriculum(
+                settings.num_batches, settings.growing_share, last_small_share=settings.last_small_share
+            )
             dataset = AnswerBatches(
                 self.processor,
                 curriculum,

@@ -2,43 +2,42 @@
 
     python examples/finetune/new_color.py --folder runs/brown
 
-draws the data, fine-tunes an adapter as `config.yaml` says, and prints accuracy for questions on brown objects and for
-the tasks that nano knew before. Old questions are mixed in, so that those are not forgotten. Then ask it:
+draws the data, fine-tunes an adapter as `config.yaml` says, merges it, and prints the scores of questions on brown
+objects and of the tasks that nano knew before. Old questions are mixed in, so that those are not forgotten. Ask it:
 
-    python inference.py --adapter runs/brown/adapter --image runs/brown/0.png --prompt "What is the brown object?"
+    python inference.py --adapter runs/brown/adapter --image runs/brown/data/pictures/000000_1.png \\
+        --prompt "What shape is the brown object?"
 """
 
 import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
-from deepseek_vl2.nano.evaluate import answer_examples, judge
-from deepseek_vl2.nano.questions import (
-    EVAL_SPLIT,
-    TRAIN_SPLIT,
-    Example,
-    example_at,
-    make_color,
-    make_locate,
-    make_shape,
-    split_rng,
-)
+from deepseek_vl2.nano.architecture import nano_processor
+from deepseek_vl2.nano.batches import LARGER_GRIDS, ONE_TILE, ask, draw_scene
+from deepseek_vl2.nano.evaluate import evaluate_file, write_examples
+from deepseek_vl2.nano.questions import Example, make_color, make_locate, make_shape, split_rng
 from deepseek_vl2.nano.scenes import COLOR_JITTER, Scene, random_scene
+from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, TRAIN_SPLIT, example_at
 from deepseek_vl2.train import read_config, train
-from deepseek_vl2.utils.io import load_pretrained_model
+from deepseek_vl2.train.merge import merge
 
 CONFIG = Path(__file__).parent / "config.yaml"
 NEW_COLOR = "brown"
 NEW_RGB = (120, 72, 30)
-NEW_TASKS = {"new locate": make_locate, "new color": make_color, "new shape": make_shape}
-OLD_TASKS = ("locate", "locate_all", "count", "color", "shape", "describe", "read")
+# How questions are drawn, and the task of `deepseek_vl2.evaluate` that judges answers.
+NEW_TASKS = {
+    "new_locate": (make_locate, "refcoco"),
+    "new_color": (make_color, "exact_match"),
+    "new_shape": (make_shape, "exact_match"),
+}
+OLD_TASKS = ("locate", "locate_all", "count", "color", "shape", "word", "table")
 BATCH_SIZE = 25
 
 
@@ -55,54 +54,45 @@ def new_scene(rng: random.Random) -> Scene:
 
 def new_example(rng: random.Random, task: str) -> Example:
     """A question whose answer is about an object of the new colour."""
+    make, _ = NEW_TASKS[task]
     while True:
-        example = NEW_TASKS[task](rng, new_scene(rng))
-        if example is not None and example.targets[0].color == NEW_COLOR:
+        example = make(rng, new_scene(rng))
+        if example is None:
+            continue
+        (scene,) = example.scenes
+        if all(scene.objects[target.number].color == NEW_COLOR for piece in example.pieces for target in piece.targets):
             return example
 
 
-def training_examples(num_new: int, num_old: int) -> list[Example]:
-    """Questions to learn, new and old."""
+def training_examples(num_new: int, num_old: int) -> Iterator[Example]:
+    """Questions to learn, new and old; the old ones as in nano's own training."""
     tasks = list(NEW_TASKS)
-    new = [
-        new_example(split_rng(f"{TRAIN_SPLIT}-{NEW_COLOR}", number), tasks[number % len(tasks)])
-        for number in range(num_new)
-    ]
-    return new + [example_at(f"{TRAIN_SPLIT}-{NEW_COLOR}-old", number) for number in range(num_old)]
+    for number in range(num_new):
+        yield new_example(split_rng(f"{TRAIN_SPLIT}-{NEW_COLOR}", number), tasks[number % len(tasks)])
+    processor = nano_processor()
+    for number in range(num_old):
+        rng = split_rng(f"{TRAIN_SPLIT}-{NEW_COLOR}-old", number)
+        questions: list[Example] = []
+        while not questions:
+            grid = rng.choice((ONE_TILE, *LARGER_GRIDS))
+            questions = list(ask(rng, draw_scene(rng, processor, grid, (1, 6)), num_questions=1))
+        yield questions[-1]
 
 
-def write_examples(examples: Sequence[Example], folder: Path) -> Path:
-    """Draws pictures and writes the JSON lines that `deepseek_vl2.train` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "train.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for number, example in enumerate(tqdm(examples, desc="Draw", unit="picture")):
-            name = f"{number}.png"
-            example.scene.draw().save(folder / name)
-            question = {"role": USER, "content": f"{IMAGE}\n{example.question}", "images": [name]}
-            conversation = [question, {"role": ASSISTANT, "content": example.answer}]
-            file.write(json.dumps({"conversations": conversation}, ensure_ascii=False) + "\n")
-    return path
-
-
-def measure(model_path: str, adapter: str | None, num_scenes: int) -> dict[str, float]:
-    """Accuracy of each task on scenes that no training has seen."""
-    _, processor, model = load_pretrained_model(model_path, adapter=adapter)
-    makers: dict[str, Callable[[int], Example]] = {
-        task: lambda number, task=task: new_example(split_rng(f"{EVAL_SPLIT}-{NEW_COLOR}", number), task)
-        for task in NEW_TASKS
-    }
-    makers |= {task: lambda number, task=task: example_at(EVAL_SPLIT, number, {task: 1.0}) for task in OLD_TASKS}
-    accuracies = {}
-    for task, make in tqdm(makers.items(), desc="Measure", unit="task"):
-        examples = [make(number) for number in range(num_scenes)]
-        right = 0.0
-        for start in range(0, num_scenes, BATCH_SIZE):
-            chunk = examples[start : start + BATCH_SIZE]
-            answers = answer_examples(model, processor, chunk)
-            right += sum(judge(*pair)["accuracy"] for pair in zip(chunk, answers, strict=True))
-        accuracies[task] = right / num_scenes
-    return accuracies
+def measure(model_path: str, folder: Path, num_scenes: int, run: str) -> dict[str, float]:
+    """Score of each task, 0 to 1, on scenes that no training has seen."""
+    scores = {}
+    for task in (*NEW_TASKS, *OLD_TASKS):
+        if task in NEW_TASKS:
+            judge = NEW_TASKS[task][1]
+            examples = [new_example(split_rng(f"{EVAL_SPLIT}-{NEW_COLOR}", index), task) for index in range(num_scenes)]
+        else:
+            judge = TASKS[task].judge
+            examples = [example_at(EVAL_SPLIT, index, task) for index in range(num_scenes)]
+        path = write_examples(examples, folder / task)
+        arguments = ["--model_path", model_path, "--batch_size", str(BATCH_SIZE)]
+        scores[task] = evaluate_file(path, judge, folder / task / run, arguments)["overall"]["score"] / 100
+    return scores
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,16 +107,21 @@ def main(arguments: list[str] | None = None) -> int:
     if min(options.num_new, options.num_scenes) < 1 or options.num_old < 0:
         parser.error("--num_new and --num_scenes must be at least 1, --num_old at least 0")
     try:
-        train_file = write_examples(training_examples(options.num_new, options.num_old), options.folder)
+        num_examples = options.num_new + options.num_old
+        drawn = tqdm(training_examples(options.num_new, options.num_old), "Draw", num_examples, unit="picture")
+        train_file = write_examples(drawn, options.folder / "data")
         paths = [
             f"train_file={json.dumps(str(train_file))}",
             f"output_dir={json.dumps(str(options.folder / 'adapter'))}",
         ]
         config = read_config(CONFIG, [*paths, *options.set])
-        before = measure(config.model_path, None, options.num_scenes)
+        measured = options.folder / "measured"
+        before = measure(config.model_path, measured, options.num_scenes, "before")
         result = train(config)
-        after = measure(config.model_path, config.output_dir, options.num_scenes)
-    except (ValueError, OSError, ImportError) as error:
+        merged = options.folder / "merged"
+        merge(config.model_path, config.output_dir, merged)
+        after = measure(str(merged), measured, options.num_scenes, "after")
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     print(f"{'task':<12} {'before':>7} {'after':>7}")
