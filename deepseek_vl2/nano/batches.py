@@ -6,7 +6,7 @@ the beginning, so pictures are encoded once for all of their questions and the m
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -38,7 +38,8 @@ SCENE_KINDS = {"shapes": 35, "counting": 20, "text": 19, "table": 13, "chart": 1
 # How many pictures a batch's rows have, and how often.
 NUM_PICTURES = {1: 76, 2: 12, 3: 12}
 # How often each question is asked of shapes, beside a description once in a while.
-SHAPE_QUESTIONS = {
+Make = Callable[[random.Random, Scene], Example | None]
+SHAPE_QUESTIONS: Mapping[Make, float] = {
     questions.make_locate: 20,
     questions.make_locate_zh: 13,
     questions.make_locate_all: 9,
@@ -50,13 +51,13 @@ SHAPE_QUESTIONS = {
     questions.make_parts: 4,
     questions.make_read: 6,
 }
-TEXT_QUESTIONS = {
+TEXT_QUESTIONS: Mapping[Make, float] = {
     questions.make_read: 50,
     questions.make_read_all: 25,
     questions.make_locate: 5,
     questions.make_color: 3,
 }
-CHART_QUESTIONS = {questions.make_bar: 80, questions.make_locate: 10}
+CHART_QUESTIONS: Mapping[Make, float] = {questions.make_bar: 80, questions.make_locate: 10}
 DESCRIBE_PROBABILITY = 0.25
 MAX_QUESTIONS = 9
 NUMBERED_PROBABILITY = 0.6
@@ -113,6 +114,7 @@ class AnswerBatch:
         images: [B, V, 3, S, S].
         images_spatial_crop: [B, I, 2].
         cells: Of the views of all rows, boxes as parts of the picture.
+        picture_ids: Which of its row's pictures each cell belongs to, [N].
         cell_rows: Row of each cell [N].
         cell_positions: Token of each cell [N].
         cell_table: Token of each cell of each row [B, C]; 0 where a row has fewer.
@@ -128,6 +130,7 @@ class AnswerBatch:
     images: torch.Tensor
     images_spatial_crop: torch.Tensor
     cells: Cells
+    picture_ids: torch.Tensor
     cell_rows: torch.Tensor
     cell_positions: torch.Tensor
     cell_table: torch.Tensor
@@ -152,6 +155,7 @@ class Curriculum:
         max_num_objects: Most objects in a scene after growing.
         first_small_share: How often a picture has one tile only at the start, which is fastest.
         last_small_share: The same after growing.
+        count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
     """
 
     num_batches: int
@@ -160,6 +164,7 @@ class Curriculum:
     max_num_objects: int = 6
     first_small_share: float = 1.0
     last_small_share: float = 0.15
+    count_weight: float = SHAPE_QUESTIONS[questions.make_count]
 
     def num_objects(self, batch: int) -> tuple[int, int]:
         """Fewest and most objects in a scene."""
@@ -302,7 +307,7 @@ class AnswerBatches(Dataset[AnswerBatch]):
         """Draws pictures for grids, and questions about them."""
         if len(grids) == 1:
             scene = draw_scene(rng, self.processor, grids[0], num_objects)
-            return [scene], ask(rng, scene)
+            return [scene], ask(rng, scene, count_weight=self.curriculum.count_weight)
         scenes: Sequence[Scene]
         if len(grids) == 2:
             sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
@@ -316,14 +321,21 @@ class AnswerBatches(Dataset[AnswerBatch]):
         return scenes, [example for example in found if example is not None]
 
 
-def ask(rng: random.Random, scene: Scene, num_questions: int = MAX_QUESTIONS) -> Iterator[Example]:
+def ask(
+    rng: random.Random,
+    scene: Scene,
+    num_questions: int = MAX_QUESTIONS,
+    count_weight: float = SHAPE_QUESTIONS[questions.make_count],
+) -> Iterator[Example]:
     """Asks a scene several questions, leaving out those that do not fit it."""
+    weights: Mapping[Make, float]
     if scene.bars:
         weights = CHART_QUESTIONS
     elif table_cells(scene):
         weights = {questions.make_table: 1}
     else:
-        weights = TEXT_QUESTIONS if len(scene.texts) > len(scene.shapes) else SHAPE_QUESTIONS
+        is_of_texts = len(scene.texts) > len(scene.shapes)
+        weights = TEXT_QUESTIONS if is_of_texts else {**SHAPE_QUESTIONS, questions.make_count: count_weight}
         if not scene.texts and rng.random() < DESCRIBE_PROBABILITY:
             example = questions.make_describe(rng, scene)
             if example is not None:
@@ -467,6 +479,7 @@ def encode_row(
         "images": torch.stack(beginning.images),
         "grids": [list(grid) for grid in grids],
         "cells": join_cells(row_cells.cells),
+        "picture_ids": [picture for picture, own in enumerate(row_cells.places) for _ in own],
         "cell_positions": spans,
         "pointings": pointings,
     }
@@ -519,6 +532,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> AnswerBatch:
         images=torch.nn.utils.rnn.pad_sequence([row["images"] for row in rows], batch_first=True),
         images_spatial_crop=torch.tensor([row["grids"] for row in rows]),
         cells=join_cells([row["cells"] for row in rows]),
+        picture_ids=torch.tensor([picture for row in rows for picture in row["picture_ids"]]),
         cell_rows=torch.tensor([number for number, row in enumerate(rows) for _ in row["cell_positions"]]),
         cell_positions=torch.tensor([position for row in rows for position in row["cell_positions"]]),
         cell_table=torch.tensor(tables),

@@ -14,6 +14,7 @@ from deepseek_vl2.models.special_tokens import DET_END, DET_START
 from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch
 from deepseek_vl2.nano.layouts import COLUMN_NAMES, MAX_BAR, ROW_NAMES
 from deepseek_vl2.nano.scenes import COLOR_NAMES
+from deepseek_vl2.nano.several import NUM_COMPARED
 from deepseek_vl2.nano.targets import CELL_CLASSES, MAX_LETTERS_A_CELL, MAX_TEXT_LENGTH, SIGNS, Cells
 from deepseek_vl2.serve.grounding import COORDINATE_MAX
 
@@ -139,9 +140,23 @@ class DenseHeads(nn.Module):
         self.signs = nn.ModuleDict({name: nn.Linear(width, size * (len(SIGNS) + 1)) for name, size in signs.items()})
         self.flags = nn.ModuleDict({name: nn.Linear(width, 1) for name in ("is_center", "is_marked")})
         self.box = nn.Linear(width, 4 * width)
+        self.picture = nn.Linear(width, NUM_COMPARED) if knows_scene else None
 
-    def forward(self, tokens: torch.Tensor, cells: Cells, output_layer: nn.Linear) -> dict[str, torch.Tensor]:
-        """Losses of image tokens [N, D], N cells in all, by what is read; 0 where no token sees any."""
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cells: Cells,
+        output_layer: nn.Linear,
+        picture_ids: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Losses of image tokens [N, D], N cells in all, by what is read; 0 where no token sees any.
+
+        Args:
+            tokens: The image tokens.
+            cells: What they should see.
+            output_layer: Of the language model.
+            picture_ids: Which of several pictures each token belongs to, [N]; not asked if None.
+        """
         is_object = (cells.object_ids >= 0).flatten()
         of_objects = tokens[is_object]
         losses = {}
@@ -169,7 +184,10 @@ class DenseHeads(nn.Module):
         rows = F.normalize(output_layer.weight[self.targets.number_ids].float(), dim=-1)
         read = self.box(of_objects).unflatten(-1, (4, -1)).flatten(0, 1)
         log_probabilities = (read.float() @ rows.T).log_softmax(dim=-1)
-        return losses | {"dense_boxes": _mean(self.targets.divergence(log_probabilities, numbers))}
+        losses["dense_boxes"] = _mean(self.targets.divergence(log_probabilities, numbers))
+        if self.picture is not None and picture_ids is not None:
+            losses["dense_pictures"] = F.cross_entropy(self.picture(tokens).float(), picture_ids)
+        return losses
 
 
 class PointingLoss:

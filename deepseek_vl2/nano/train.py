@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
-from deepseek_vl2.nano.batches import AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
+from deepseek_vl2.nano.batches import SHAPE_QUESTIONS, AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
 from deepseek_vl2.nano.losses import (
     ATTENTION_NAME,
     READING_LAYER,
@@ -25,6 +25,7 @@ from deepseek_vl2.nano.losses import (
     PointingLoss,
 )
 from deepseek_vl2.nano.muon import Muon
+from deepseek_vl2.nano.questions import make_count
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 from deepseek_vl2.nano.tokenizer import number_token_ids
 
@@ -48,6 +49,8 @@ class StageSettings:
         last_factor: Part of the peak that they shrink to.
         growing_share: Part of the stage, at its start, over which scenes and pictures grow.
         last_small_share: How often a picture has one tile only after that.
+        count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
+        names_pictures: Whether image tokens are told which of several pictures they belong to.
         pointing_heads: Layers of the language model and how many of their heads are told where to look.
     """
 
@@ -60,6 +63,8 @@ class StageSettings:
     last_factor: float = 0.0
     growing_share: float = 0.0
     last_small_share: float = 0.15
+    count_weight: float = SHAPE_QUESTIONS[make_count]
+    names_pictures: bool = False
     pointing_heads: tuple[tuple[int, int], ...] = ((3, 2),)
 
     def lr_factor(self, batch: int) -> float:
@@ -97,7 +102,15 @@ class TrainingSettings:
     # Two heads of one layer find the object, but carry too little of it for four coordinates.
     together: StageSettings = field(
         default_factory=lambda: StageSettings(
-            1350, 32, 2.4e-3, 1.6e-3, decay_share=0.85, last_small_share=0.3, pointing_heads=((3, 4), (4, 4))
+            1280,
+            32,
+            2.4e-3,
+            1.6e-3,
+            decay_share=0.85,
+            last_small_share=0.35,
+            count_weight=64.0,
+            names_pictures=True,
+            pointing_heads=((3, 4), (4, 4)),
         )
     )
     tokens_a_row: int = 128
@@ -207,7 +220,8 @@ class NanoTrainer:
                 pointing=pointing,
             ).last_hidden_state
             of_cells: Any = self.read_states[batch.cell_rows, batch.cell_positions]  # type: ignore[index]
-            dense = self.heads["scenes"](of_cells, batch.cells, output_layer)
+            picture_ids = batch.picture_ids if self.stage_settings.names_pictures else None
+            dense = self.heads["scenes"](of_cells, batch.cells, output_layer, picture_ids)
             return self.answer_loss(hidden, output_layer, batch) | dense | {"pointing": pointing.value}
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -284,7 +298,10 @@ class NanoTrainer:
             dataset = ViewBatches(self.processor, settings.num_batches, settings.batch_size)
         else:
             curriculum = Curriculum(
-                settings.num_batches, settings.growing_share, last_small_share=settings.last_small_share
+                settings.num_batches,
+                settings.growing_share,
+                last_small_share=settings.last_small_share,
+                count_weight=settings.count_weight,
             )
             dataset = AnswerBatches(
                 self.processor,

@@ -1,177 +1,136 @@
-"""nano's evaluation: how answers are judged, and the command that measures a checkpoint."""
+"""nano's evaluation: the files it writes, that expected answers are judged right, and what it puts into a card."""
 
 import json
 
 import pytest
 import torch
 
+from deepseek_vl2.evaluate.readers import read_samples
+from deepseek_vl2.evaluate.tasks import TASKS as JUDGES
+from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
 from deepseek_vl2.nano import evaluate
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.evaluate import (
     MAX_NEW_TOKENS,
-    answer_examples,
-    evaluate_task,
-    judge,
-    summarize,
+    TABLE_END,
+    TABLE_START,
+    format_rows,
+    messages_of,
+    update_card,
+    write_examples,
 )
-from deepseek_vl2.nano.questions import EVAL_SPLIT, TASKS, Example, example_at, format_grounding
-from deepseek_vl2.nano.scenes import Background, Scene
+from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
+from deepseek_vl2.train.data import read_conversations
 
-SCENE = Scene(200, 100, Background("plain", (255, 255, 255), (255, 255, 255), True, 8), ())
+NUM_EXAMPLES = 12
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    """Model, processor and folder of a nano that has learnt nothing."""
+def untrained(tmp_path_factory):
+    """Folder of a nano that has learnt nothing."""
     folder = tmp_path_factory.mktemp("untrained")
     processor = nano_processor()
-    model = untrained_nano(processor.tokenizer, seed=1).eval()
     processor.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return model, processor, folder
+    untrained_nano(processor.tokenizer, seed=1).to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
-def box_answer(*boxes):
-    return format_grounding("red star", boxes, SCENE.size)
+def test_a_question_comes_behind_its_picture():
+    example = example_at(EVAL_SPLIT, 0, "color")
+    assert messages_of(example) == [
+        {"role": USER, "content": f"{IMAGE}\n{example.question}"},
+        {"role": ASSISTANT, "content": example.answer},
+    ]
 
 
-@pytest.mark.parametrize(
-    ("answer", "accuracy", "iou"),
-    [
-        (box_answer((20, 10, 60, 50)), 1, 1),
-        (box_answer((20, 10, 60, 35)), 1, 25 / 40),
-        (box_answer((20, 10, 60, 29)), 0, 19 / 40),
-        (box_answer((120, 60, 160, 90)), 0, 0),
-        (box_answer((20, 10, 60, 50), (120, 60, 160, 90)), 0, 1),  # one too many
-        ("", 0, 0),
-        ("The red star is on the left.", 0, 0),
-        ("<|ref|>red star<|/ref|><|det|>[[100, 100, 300", 0, 0),  # cut off
-        ("<|ref|>red star<|/ref|><|det|>[[300, 500, 100, 100]]<|/det|>", 0, 0),
-    ],
-)
-def test_judging_boxes(answer, accuracy, iou):
-    example = Example("locate", "", box_answer((20, 10, 60, 50)), [(20, 10, 60, 50)], (), SCENE)
-    scores = judge(example, answer)
-    assert scores["accuracy"] == accuracy
-    assert scores["iou"] == pytest.approx(iou, abs=0.03)  # whole thousandths of the picture
+def test_a_second_question_comes_behind_the_first_answer():
+    example = example_at(EVAL_SPLIT, 0, "follow_up")
+    (first,) = example.history
+    contents = [message["content"] for message in messages_of(example)]
+    assert contents == [f"{IMAGE}\n{first.question}", first.answer, example.question, example.answer]
 
 
-@pytest.mark.parametrize(
-    ("expected", "answer", "accuracy"),
-    [
-        ("3", "3", 1),
-        ("3", " 3.", 1),
-        ("3", "13", 0),
-        ("3", "", 0),
-        ("red", "Red", 1),
-        ("red", "red circle", 0),
-        ("SHIP", "ship", 1),
-        ("SHIP", "SHI", 0),
-    ],
-)
-def test_judging_words(expected, answer, accuracy):
-    assert judge(Example("read", "", expected, [], (), SCENE), answer) == {"accuracy": accuracy}
+def test_three_pictures_are_introduced_by_number_or_not():
+    example = example_at(EVAL_SPLIT, 0, "compare")
+    plain, numbered = (messages_of(example, is_numbered)[0]["content"] for is_numbered in (False, True))
+    assert plain == f"{IMAGE}\n{IMAGE}\n{IMAGE}\n{example.question}"
+    marks = "\n".join(f"This is image_{number}: {IMAGE}" for number in (1, 2, 3))
+    assert numbered == f"{marks}\n{example.question}"
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_the_expected_answer_is_right_and_has_room(nano, task):
-    for index in range(150):
-        example = example_at(EVAL_SPLIT, index, {task: 1.0})
-        scores = judge(example, example.answer)
-        assert scores["accuracy"] == 1
-        assert scores.get("iou", 1) > 0.85
-        assert len(nano[1].encode(example.answer, bos=False, eos=True)) <= MAX_NEW_TOKENS
+def test_the_expected_answer_is_judged_right_and_has_room(tmp_path, task):
+    examples = [example_at(EVAL_SPLIT, index, task) for index in range(NUM_EXAMPLES)]
+    path = write_examples(examples, tmp_path)
+    judge = JUDGES[TASKS[task].judge]
+    data = read_samples(path, "conversations", judge.check)
+    assert not data.problems and len(data.samples) == NUM_EXAMPLES
+    tokenizer = nano_processor().tokenizer
+    for example, sample in zip(examples, data.samples, strict=True):
+        assert sample.sizes == tuple(scene.size for scene in example.scenes)
+        assert judge.judge(sample, example.answer).score == 1
+        assert judge.judge(sample, "nothing of the kind").score == 0
+        assert len(tokenizer.encode(example.answer)) < MAX_NEW_TOKENS
 
 
-def test_summary_has_means_by_task():
-    records = [
-        {"task": "locate", "accuracy": 1.0, "iou": 0.9},
-        {"task": "count", "accuracy": 1.0},
-        {"task": "locate", "accuracy": 0.0, "iou": 0.2},
-        {"task": "locate", "accuracy": 1.0, "iou": 0.7},
-    ]
-    assert summarize(records) == {
-        "locate": {"scenes": 3, "accuracy": 0.6667, "iou": 0.6},
-        "count": {"scenes": 1, "accuracy": 1.0},
-    }
-    assert summarize([]) == {}
+def test_training_reads_the_same_file(tmp_path):
+    examples = [example_at("test", 0, task) for task in TASKS]
+    conversations = read_conversations(write_examples(examples, tmp_path))
+    assert not conversations.problems
+    assert len(conversations.samples) == len(examples)
 
 
-def test_a_batch_gives_each_questions_own_answer(nano, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 6)
-    model, processor, _ = nano
-    examples = [example_at(EVAL_SPLIT, index, {"locate": 1.0}) for index in (0, 1, 2)]
-    together = answer_examples(model, processor, examples)
-    assert together == [answer_examples(model, processor, [example])[0] for example in examples]
-    assert all(together)
+RESULTS = {
+    "locate": {
+        "metric": "Acc@0.5 IoU",
+        "overall": {"score": 98.8, "mean_iou": 91.64, "interval": {"low": 97.4, "high": 99.45}},
+    },
+    "small": {"metric": "exact match", "overall": {"score": 90.0, "interval": {"low": 87.1, "high": 92.3}}},
+    "small_untiled": {"metric": "exact match", "overall": {"score": 50.0, "interval": {"low": 45.6, "high": 54.4}}},
+}
 
 
-def test_an_answer_ends_at_eos(nano, monkeypatch):
-    model, processor, _ = nano
-    first, second = processor.encode("red", bos=False)[0], processor.encode("star", bos=False)[0]
-
-    def generate(input_ids, **options):
-        ends = [[first, processor.eos_id, processor.pad_id], [first, second, processor.eos_id]]
-        return torch.cat((input_ids, torch.tensor(ends)), dim=1)
-
-    monkeypatch.setattr(model, "generate", generate)
-    examples = [example_at(EVAL_SPLIT, index, {"color": 1.0}) for index in (0, 1)]
-    assert answer_examples(model, processor, examples) == ["red", "redstar"]
+def test_rows_of_a_card():
+    lines = format_rows(RESULTS).splitlines()
+    assert lines[2] == "| locate: one object | Acc@0.5 IoU | 0.988 | 0.974 to 0.995 | 0.916 |"
+    assert lines[3] == f"| small: {TASKS['small'].title} | exact match | 0.900 | 0.871 to 0.923 |  |"
+    assert (
+        lines[4] == "| small_untiled: the same with the global view alone | exact match | 0.500 | 0.456 to 0.544 |  |"
+    )
 
 
-def test_records_do_not_depend_on_the_batch_size(nano, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 3)
-    model, processor, _ = nano
-    records = list(evaluate_task(model, processor, "count", 3, batch_size=2, first=4))
-    assert [record["scene"] for record in records] == [4, 5, 6]
-    for record in records:
-        example = example_at(EVAL_SPLIT, record["scene"], {"count": 1.0})
-        assert (record["question"], record["expected"]) == (example.question, example.answer)
-        assert record["accuracy"] == judge(example, record["answer"])["accuracy"]
-    assert records == list(evaluate_task(model, processor, "count", 3, batch_size=3, first=4))
+def test_a_card_keeps_what_stands_around_the_table(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"before\n{TABLE_START}\nold\n{TABLE_END}\nafter\n", encoding="utf-8")
+    update_card(card, "new")
+    update_card(card, "newer")
+    assert card.read_text(encoding="utf-8") == f"before\n{TABLE_START}\nnewer\n{TABLE_END}\nafter\n"
+    card.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README\.md has no place for the table"):
+        update_card(card, "new")
+    assert card.read_text(encoding="utf-8") == "no marks"
 
 
-def test_command_prints_a_table_and_json(nano, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 3)
-    output = tmp_path / "answers.jsonl"
-    arguments = ["--model_path", str(nano[2]), "--num_scenes", "2", "--tasks", "locate", "count", "--dtype", "float32"]
-    assert evaluate.main([*arguments, "--device", "cpu", "--output", str(output)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["task", "scenes", "accuracy", "mean", "IoU"]
-    assert [line.split()[:2] for line in lines[1:3]] == [["locate", "2"], ["count", "2"]]
-    summary = json.loads(lines[-1])
-    assert set(summary) == {"locate", "count"} and len(lines) == 4
-    records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert [(record["task"], record["scene"]) for record in records] == [(t, i) for t in summary for i in (0, 1)]
-    assert summarize(records) == summary
+def test_the_command_measures_and_fills_a_card(untrained, tmp_path, capsys):
+    card = tmp_path / "card.md"
+    card.write_text(f"{TABLE_START}{TABLE_END}", encoding="utf-8")
+    options = ["--model_path", str(untrained), "--output", str(tmp_path / "run"), "--num_scenes", "2"]
+    options += ["--first_scene", "7", "--batch_size", "2", "--device", "cpu", "--tasks", "color", "small"]
+    assert evaluate.main([*options, "--card", str(card)]) == 0
+    numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(numbers) == ["color", "small", "small_untiled"]
+    assert all(own["num_samples"] == 2 and 0 <= own["score"] <= 100 for own in numbers.values())
+    assert card.read_text(encoding="utf-8").count("\n| ") == 4  # head and three rows
+    questions = (tmp_path / "run" / "color" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(questions[0])["conversations"][0]["content"].endswith(example_at(EVAL_SPLIT, 7, "color").question)
+    settings = json.loads((tmp_path / "run" / "small" / "run_untiled" / "results.json").read_text())["settings"]
+    assert settings["no_tiling"] is True
 
 
-def test_command_asks_all_tasks_of_nano_by_default(nano, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
-    monkeypatch.setattr("deepseek_vl2.nano.path", lambda: str(nano[2]))
-    assert evaluate.main(["--num_scenes", "1", "--device", "cpu"]) == 0
-    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == list(TASKS)
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
-def test_command_names_a_bad_model_path_in_one_line(kind, tmp_path, capsys):
-    folder = tmp_path / "checkpoint"
-    if kind == "empty":
-        folder.mkdir()
-    elif kind == "file":
-        folder.write_text("no folder")
-    assert evaluate.main(["--model_path", str(folder), "--num_scenes", "2"]) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert len(lines) == 1 and "error:" in lines[0] and str(folder) in lines[0]
-    assert captured.out == ""
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--num_scenes", "0"], ["--batch_size", "0"], ["--first_scene", "-1"], ["--tasks", "dance"]]
-)
-def test_command_refuses_options_out_of_range(arguments, capsys):
+def test_the_command_names_what_is_wrong(tmp_path, capsys):
+    missing = ["--model_path", str(tmp_path / "none"), "--output", str(tmp_path / "run"), "--num_scenes", "1"]
+    assert evaluate.main([*missing, "--tasks", "color"]) == 2
+    assert "none" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(arguments)
+        evaluate.main(["--num_scenes", "0"])
     assert stop.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
