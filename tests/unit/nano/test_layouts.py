@@ -35,7 +35,7 @@ def overlap(first, second):
 @pytest.mark.parametrize(
     "draw",
     [text_scene, table_scene, chart_scene, lambda rng: reading_scene(rng, "word")],
-    ids="text table chart word".split(),
+    ids=["text", "table", "chart", "word"],
 )
 def test_scenes_repeat_and_objects_stay_inside_and_apart(draw):
     found = scenes(draw)
