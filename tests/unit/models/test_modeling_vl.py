@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.modeling_deepseek_vl_v2 import DeepSeekVLV2CausalLMOutputWithPast
+from deepseek_vl2.models.tiling import TileGrid
 
 G = 3
 NEWLINE, SEPARATOR = -1.0, -2.0
@@ -109,6 +110,93 @@ def test_features_of_each_picture():
     features = model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
     assert [tuple(picture.shape) for picture in features] == [(34, 48), (25, 48)]
     assert features[1][:, 0].tolist() == pytest.approx(expected_tokens(1, 1, 4))
+
+
+def encoded_one_by_one(
+    model: DeepseekVLV2ForCausalLM, images: torch.Tensor, images_spatial_crop: torch.Tensor
+) -> list[torch.Tensor]:
+    """The image tokens of the pictures of one row, with every view in a batch of its own."""
+    views, pictures = images[0], []
+    for columns, rows in images_spatial_crop[0].tolist():
+        own, views = views[: 1 + columns * rows], views[1 + columns * rows :]
+        tokens = torch.cat([model.projector(model.vision(view[None])) for view in own])
+        pictures.append(model._arrange_views(tokens, TileGrid(columns, rows)))
+    return pictures
+
+
+def make_twins(inputs: dict[str, torch.Tensor]) -> None:
+    """Gives pictures of one tile the same pixels in both views, as the processor does."""
+    first = 0
+    for columns, rows in inputs["images_spatial_crop"][0].tolist():
+        if columns * rows == 1:
+            inputs["images"][0, first + 1] = inputs["images"][0, first]
+        first += 1 + columns * rows
+
+
+@pytest.mark.parametrize(
+    ("grids", "num_encoded"), [([(1, 1)], 1), ([(1, 1), (1, 1), (1, 1)], 3), ([(2, 1), (1, 1), (1, 2)], 3 + 1 + 3)]
+)
+@torch.no_grad()
+def test_a_view_shown_twice_is_encoded_once(grids, num_encoded):
+    model, inputs = numbered_model(), make_inputs(grids)
+    number_views(inputs)
+    make_twins(inputs)
+    features = model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
+    assert model.vision.num_views == num_encoded
+    first = 1
+    for grid, tokens in zip(grids, features, strict=True):
+        expected = expected_tokens(*grid, first)
+        if grid == (1, 1):  # the tile has the number of the global view
+            half = len(expected) // 2
+            expected = [*expected[: half + 1], *expected[:half]]
+        assert tokens[:, 0].tolist() == pytest.approx(expected)
+        first += 1 + grid[0] * grid[1]
+
+
+@torch.no_grad()
+def test_twins_of_one_row_only():
+    """Rows are looked at one by one, and filled up views are no twins."""
+    model = numbered_model()
+    batch = join([make_inputs([(1, 1)]), make_inputs([(1, 1), (1, 1)])])
+    number_views(batch)
+    batch["images"][1, 3] = batch["images"][1, 2]
+    embeds = model.prepare_inputs_embeds(**batch)
+    assert model.vision.num_views == 2 + 2 + 1
+    actual = embeds[1, batch["images_seq_mask"][1], 7].tolist()
+    twin = expected_tokens(1, 1, 103)
+    half = len(twin) // 2
+    assert actual == pytest.approx([*expected_tokens(1, 1, 101), *twin[: half + 1], *twin[:half]])
+
+
+@torch.no_grad()
+def test_views_that_differ_in_one_pixel_are_both_encoded():
+    model, inputs = numbered_model(), make_inputs([(1, 1)])
+    make_twins(inputs)
+    inputs["images"][0, 1, 2, -1, -1] += 1e-3
+    model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
+    assert model.vision.num_views == 2
+
+
+@pytest.mark.parametrize("are_twins", [True, False])
+def test_twins_give_the_tokens_and_gradients_of_both_views(mla_model, are_twins):
+    model = copy.deepcopy(mla_model)
+    inputs = make_inputs([(1, 1), (2, 1), (1, 1)])
+    if are_twins:
+        make_twins(inputs)
+    results = []
+    for encode in (DeepseekVLV2ForCausalLM.get_image_features, encoded_one_by_one):
+        pictures = encode(model, inputs["images"], inputs["images_spatial_crop"])
+        model.zero_grad()
+        sum(
+            (picture * torch.linspace(-1, 1, picture.numel()).view_as(picture)).sum() for picture in pictures
+        ).backward()
+        moved = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((torch.cat(pictures), moved))
+    (found, found_gradients), (expected, expected_gradients) = results
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert found_gradients.keys() == expected_gradients.keys() and "vision.pos_embed" in found_gradients
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()

@@ -1,45 +1,54 @@
-"""nano's batches: drawn from a seed alone; a packed row teaches exactly the single questions that it holds."""
+"""nano's batches: drawn from a seed alone; a packed row teaches exactly the conversations that it holds."""
 
 from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
-from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
-from deepseek_vl2.models.tiling import TileGrid, choose_grid, letterbox
+from deepseek_vl2.models.special_tokens import ASSISTANT, DET_END, DET_START, IMAGE, USER
+from deepseek_vl2.models.tiling import TileGrid, choose_grid
+from deepseek_vl2.nano import batches, questions
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import (
+    BEGINNING_SHARE,
+    CHART_QUESTIONS,
     IGNORE_ID,
     LARGER_GRIDS,
     ONE_TILE,
-    TASK_WEIGHTS,
+    SHAPE_QUESTIONS,
+    TEXT_QUESTIONS,
     AnswerBatches,
     Curriculum,
+    RowCells,
     ViewBatches,
     ask,
     cell_places,
-    cells_of,
     collate,
     draw_scene,
     encode_row,
-    join_cells,
-    pointed_objects,
 )
 from deepseek_vl2.nano.questions import (
-    CELL_CLASSES,
-    TASKS,
     Example,
+    Piece,
+    Target,
     format_grounding,
+    grounding_pieces,
     quantize_box,
     split_rng,
 )
-from deepseek_vl2.nano.scenes import COLOR_NAMES, Background, Scene, SceneObject
+from deepseek_vl2.nano.scenes import COLOR_NAMES, SHAPE_NAMES, Background, Scene, SceneObject, random_scene
+from deepseek_vl2.nano.several import compared_scenes, in_context_scenes, make_compare, make_in_context
+from deepseek_vl2.nano.targets import CELL_CLASSES, SIGNS, cells_of
+from deepseek_vl2.nano.tasks import TASKS
 
 GROUND = Background("plain", (255, 255, 255), (255, 255, 255), True, 8)
 ALL_GRIDS = (ONE_TILE, *LARGER_GRIDS)
+TWO_BY_TWO = TileGrid(2, 2)
 MANY_TOKENS = 1000
+# What rows of several pictures are drawn for: their grids, and how they begin.
+NUMBERED = "This is image_1: <image>\nThis is image_2: <image>\nThis is image_3: <image>"
+BEGINNINGS = {1: IMAGE, 2: f"{IMAGE}\n{IMAGE}", 3: f"{IMAGE}\n{IMAGE}\n{IMAGE}"}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +65,53 @@ def model(processor):
     return model
 
 
-def scene_and_examples(processor, seed, grid, num_questions=4):
-    rng = split_rng("test-batches", seed)
+def some(make, rng, draw, number):
+    """The first scene about which so many questions fit, and these."""
     while True:
-        scene = draw_scene(rng, processor, grid, (2, 4))
-        examples = list(ask(rng, scene, num_questions))
-        if len(examples) > 2:
-            return scene, examples
+        scenes = draw(rng)
+        found = [example for example in (make(rng, scenes) for _ in range(4 * number)) if example is not None]
+        if len(found) >= number:
+            return scenes, found[:number]
+
+
+def one_picture(seed, grid, number=3, processor=None):
+    def questions_of(rng, scene):
+        return next(iter(ask(rng, scene, 1)), None)
+
+    scene, examples = some(
+        questions_of, split_rng("test-one", seed), lambda rng: draw_scene(rng, processor, grid, (2, 4)), number
+    )
+    return [scene], examples
+
+
+def row_of(kind, processor):
+    """Pictures, conversations about them, and whether the pictures are numbered."""
+    rng = split_rng(f"test-{kind}", 0)
+    if isinstance(kind, TileGrid):
+        return *one_picture(1, kind, processor=processor), False
+    if kind == "history":
+        draw, make = (lambda rng: random_scene(rng, size=(224, 112), num_objects=(2, 3))), questions.make_follow_up
+        scene, examples = some(make, rng, draw, 3)
+        return [scene], examples, False
+    if kind == "two":
+        # The first one is one tile, the second has four.
+        scenes, examples = some(
+            make_in_context, rng, lambda rng: in_context_scenes(rng, sizes=((100, 112), (224, 224))), 2
+        )
+        return scenes, examples, False
+    sizes = ((112, 112), (300, 200), (90, 110))
+    scenes, examples = some(make_compare, rng, lambda rng: compared_scenes(rng, sizes=sizes), 3)
+    return scenes, examples, kind == "numbered"
+
+
+def embeds_of(model, batch):
+    return model.prepare_inputs_embeds(batch.input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop)
+
+
+@torch.no_grad()
+def logits_of(model, batch):
+    options = {"attention_mask": batch.attention_mask(), "position_ids": batch.position_ids}
+    return model(inputs_embeds=embeds_of(model, batch), **options).logits
 
 
 def tensors_of(batch):
@@ -76,9 +125,9 @@ def is_same(first, second):
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
-def answer_batches(processor, small_share=0.5, split="test"):
+def answer_batches(processor, small_share=0.5, split="test", batch_size=3):
     curriculum = Curriculum(10, first_small_share=small_share, last_small_share=small_share)
-    return AnswerBatches(processor, curriculum, batch_size=3, tokens_a_picture=70, split=split)
+    return AnswerBatches(processor, curriculum, batch_size=batch_size, max_tokens=90, split=split)
 
 
 def test_a_batch_is_the_same_each_time_and_unlike_its_neighbour(processor):
@@ -91,69 +140,61 @@ def test_a_batch_is_the_same_each_time_and_unlike_its_neighbour(processor):
     assert not is_same(answer_batches(processor)[0], answer_batches(processor, split="other")[0])
 
 
-@pytest.mark.parametrize("grid", ALL_GRIDS)
-def test_a_packed_row_is_each_question_alone(processor, model, grid):
-    scene, examples = scene_and_examples(processor, 1, grid)
-    batch = collate([encode_row(processor, scene, examples, MANY_TOKENS)], processor.pad_id)
-    with torch.no_grad():
-        embeds = model.prepare_inputs_embeds(
-            batch.input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop
-        )
-        packed = model(
-            inputs_embeds=embeds, attention_mask=batch.attention_mask(), position_ids=batch.position_ids
-        ).logits[0]
-    segments = batch.segments[0]
+@pytest.mark.parametrize("kind", [*ALL_GRIDS, "history", "two", "three", "numbered"], ids=str)
+def test_a_packed_row_is_each_conversation_alone(processor, model, kind):
+    scenes, examples, is_numbered = row_of(kind, processor)
+    batch = collate([encode_row(processor, scenes, examples, MANY_TOKENS, is_numbered)], processor.pad_id)
+    packed, segments = logits_of(model, batch)[0], batch.segments[0]
+    assert int(segments.max()) == len(examples) > 1
     for number, example in enumerate(examples, start=1):
-        alone = processor.process_one(
-            conversations=[
-                {"role": USER, "content": f"{IMAGE}\n{example.question}"},
-                {"role": ASSISTANT, "content": example.answer},
-            ],
-            images=[scene.draw()],
-            inference_mode=False,
-        )
+        beginning = NUMBERED if is_numbered else BEGINNINGS[len(scenes)]
+        messages = []
+        for turn in (*example.history, example):
+            content = turn.question if messages else f"{beginning}\n{turn.question}"
+            messages += [{"role": USER, "content": content}, {"role": ASSISTANT, "content": turn.answer}]
+        pictures = [scene.draw() for scene in scenes]
+        alone = processor.process_one(conversations=messages, images=pictures, inference_mode=False)
         places = (segments == 0) | (segments == number)
         assert batch.input_ids[0][places].tolist() == alone.input_ids.tolist()
         own_labels = batch.labels[0][segments == number].tolist()
         assert own_labels == alone.target_ids[-len(own_labels) :].tolist()
         inputs = processor.batchify([alone])
         assert torch.equal(inputs["images"], batch.images)
+        names = ("input_ids", "images", "images_seq_mask", "images_spatial_crop")
         with torch.no_grad():
-            expected = model(
-                input_ids=inputs["input_ids"],
-                images=inputs["images"],
-                images_seq_mask=inputs["images_seq_mask"],
-                images_spatial_crop=inputs["images_spatial_crop"],
-            ).logits[0]
+            expected = model(**{name: inputs[name] for name in names}).logits[0]
         torch.testing.assert_close(packed[places], expected, atol=1e-4, rtol=1e-4)
         assert expected.std(dim=0).mean() > 0.01  # positions differ, so that the comparison says something
 
 
-def test_nothing_leaks_between_questions_or_into_the_picture(processor, model):
-    scene, examples = scene_and_examples(processor, 2, ONE_TILE)
-    batch = collate([encode_row(processor, scene, examples, MANY_TOKENS)], processor.pad_id)
-
-    def logits(input_ids):
-        with torch.no_grad():
-            embeds = model.prepare_inputs_embeds(
-                input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop
-            )
-            options = {"attention_mask": batch.attention_mask(), "position_ids": batch.position_ids}
-            return model(inputs_embeds=embeds, **options).logits[0]
-
+@pytest.mark.parametrize("kind", ["history", "two", "numbered"])
+def test_nothing_leaks_between_conversations_or_into_the_pictures(processor, model, kind):
+    scenes, examples, is_numbered = row_of(kind, processor)
+    batch = collate([encode_row(processor, scenes, examples, MANY_TOKENS, is_numbered)], processor.pad_id)
     segments = batch.segments[0]
-    changed_ids = batch.input_ids.clone()
-    changed_ids[0, segments == 2] = processor.encode("star", bos=False)[0]
-    before, after = logits(batch.input_ids), logits(changed_ids)
+    before = logits_of(model, batch)[0]
+    batch.input_ids = batch.input_ids.clone()
+    batch.input_ids[0, segments == 2] = processor.encode("star", bos=False)[0]
+    after = logits_of(model, batch)[0]
     torch.testing.assert_close(after[segments != 2], before[segments != 2], atol=1e-5, rtol=0)
     assert (after[segments == 2] - before[segments == 2]).abs().max() > 1e-3
 
 
+def test_a_later_turn_sees_the_earlier_one(processor, model):
+    scenes, examples, _ = row_of("history", processor)
+    batch = collate([encode_row(processor, scenes, examples[:1], MANY_TOKENS)], processor.pad_id)
+    before = logits_of(model, batch)[0]
+    first_answer = (batch.question_ids[0] == 1).nonzero()[0]
+    batch.input_ids[0, first_answer] = processor.encode("star", bos=False)[0]
+    changed = (logits_of(model, batch)[0] - before).abs().amax(dim=-1) > 1e-5
+    assert changed[batch.question_ids[0] == 2].all() and not changed[: int(first_answer)].any()
+
+
 def test_rows_pad_on_the_right_and_padding_teaches_nothing(processor):
     rows = []
-    for seed, num_questions in ((3, 3), (4, 6)):
-        scene, examples = scene_and_examples(processor, seed, TileGrid(2, 1), num_questions)
-        rows.append(encode_row(processor, scene, examples, MANY_TOKENS))
+    for seed, number in ((3, 2), (4, 5)):
+        scenes, examples = one_picture(seed, TileGrid(2, 1), number, processor)
+        rows.append(encode_row(processor, scenes, examples, MANY_TOKENS))
     batch = collate(rows, processor.pad_id)
     shorter = min(range(2), key=lambda row: len(rows[row]["input_ids"]))
     length = len(rows[shorter]["input_ids"])
@@ -161,44 +202,178 @@ def test_rows_pad_on_the_right_and_padding_teaches_nothing(processor):
     assert (batch.input_ids[shorter, length:] == processor.pad_id).all()
     assert (batch.labels[shorter, length:] == IGNORE_ID).all()
     assert (batch.segments[shorter, length:] == -1).all()
+    assert (batch.question_ids[shorter, length:] == 0).all()
     mask = batch.attention_mask()
     assert mask.shape == (2, 1, batch.input_ids.shape[1], batch.input_ids.shape[1])
     assert not mask[shorter, 0, :length, length:].any()
     assert mask.any(dim=-1).all()  # a row that sees nothing would give NaN
     assert not mask.triu(1).any()
-    assert batch.cells.shape_ids.shape == (2 * 3, 4, 4)
+    assert batch.cells.class_ids.shape == (2 * 3, 4, 4)
 
 
-def test_labels_are_the_answers_and_their_end(processor):
-    scene, examples = scene_and_examples(processor, 5, ONE_TILE, num_questions=6)
-    row = encode_row(processor, scene, examples, MANY_TOKENS)
+def test_rows_of_fewer_views_are_filled_up(processor, model):
+    """One row of three views, one of five: each row's pictures come out as they do alone."""
+    rows = []
+    for seed, grid in ((7, TileGrid(1, 2)), (8, TWO_BY_TWO)):
+        scenes, examples = one_picture(seed, grid, 2, processor)
+        rows.append(encode_row(processor, scenes, examples, MANY_TOKENS))
+    batch = collate(rows, processor.pad_id)
+    assert batch.images.shape[:2] == (2, 5) and not batch.images[0, 3:].any()
+    assert batch.images_spatial_crop.tolist() == [[[1, 2]], [[2, 2]]]
+    assert batch.cells.object_ids.shape == (3 + 5, 4, 4)
+    assert batch.cell_rows.tolist() == [0] * 48 + [1] * 80
+    with torch.no_grad():
+        together = embeds_of(model, batch)
+        for number, row in enumerate(rows):
+            alone = collate([row], processor.pad_id)
+            own = embeds_of(model, alone)[0]
+            torch.testing.assert_close(together[number, : len(own)], own)
+            num_cells = len(row["cell_positions"])
+            assert batch.cell_positions[batch.cell_rows == number].tolist() == row["cell_positions"]
+            assert batch.cell_table[number, :num_cells].tolist() == row["cell_positions"]
+            assert not batch.cell_table[number, num_cells:].any()
+
+
+@pytest.mark.parametrize("kind", [TileGrid(1, 1), "history"], ids=str)
+def test_labels_are_the_answers_and_their_ends(processor, kind):
+    scenes, examples, _ = row_of(kind, processor)
+    row = encode_row(processor, scenes, examples, MANY_TOKENS)
     labels, segments = np.array(row["labels"]), np.array(row["segments"])
+    question_ids, ids = np.array(row["question_ids"]), np.array(row["input_ids"])
     assert (labels[segments == 0] == IGNORE_ID).all()
-    for number, example in enumerate(examples, start=1):
-        own = labels[segments == number]
-        learnt = own[own != IGNORE_ID]
-        assert learnt[-1] == processor.eos_id
-        assert processor.decode(learnt[:-1].tolist()) == example.answer
-        ids = np.array(row["input_ids"])[segments == number]
-        assert (ids[own != IGNORE_ID] == learnt).all()
-        question = processor.decode(ids[own == IGNORE_ID].tolist())
-        assert question == f"\n{example.question}\n\n{ASSISTANT}:"
+    assert ((question_ids > 0) == (labels != IGNORE_ID)).all()
+    question = 0
+    for segment, example in enumerate(examples, start=1):
+        asked = processor.decode(ids[(segments == segment) & (question_ids == 0)].tolist())
+        turns = (*example.history, example)
+        texts = [f"{turn.question}\n\n{ASSISTANT}:" for turn in turns]
+        assert asked == "\n" + f"{USER}: ".join(texts)
+        for turn in turns:
+            question += 1
+            learnt = labels[question_ids == question]
+            assert (segments[question_ids == question] == segment).all()
+            assert learnt[-1] == processor.eos_id
+            assert processor.decode(learnt[:-1].tolist()) == turn.answer
+            assert (ids[question_ids == question] == learnt).all()
+    assert question_ids.max() == question
 
 
-def test_pictures_of_a_batch_have_one_grid_and_all_grids_come(processor):
-    dataset = answer_batches(processor, small_share=0.3)
-    seen = set()
-    for index in range(10):
+def test_pictures_are_tiled_as_asked_and_all_grids_come(processor, monkeypatch):
+    monkeypatch.setattr(batches, "NUM_PICTURES", {1: 1})
+    dataset, seen = answer_batches(processor, small_share=0.3, batch_size=2), set()
+    for index in range(8):
         batch = dataset[index]
-        grids = {tuple(grid) for grid in batch.images_spatial_crop[:, 0].tolist()}
-        assert len(grids) == 1
-        grid = TileGrid(*grids.pop())
-        seen.add(grid)
-        assert batch.images.shape == (3, grid.num_views, 3, 112, 112)
-        assert batch.cells.boxes.shape == (3 * grid.num_views, 4, 4, 4)
-        assert batch.images_seq_mask.sum(dim=1).tolist() == [21 + 4 * grid.rows * (4 * grid.columns + 1)] * 3
-    assert len(seen) >= 3
+        grids = [TileGrid(*grid) for grid in batch.images_spatial_crop[:, 0].tolist()]
+        seen |= set(grids)
+        # Rows of a batch are all of one tile, or none is.
+        assert len({grid == ONE_TILE for grid in grids}) == 1
+        assert batch.images.shape == (2, max(grid.num_views for grid in grids), 3, 112, 112)
+        assert batch.cells.boxes.shape == (sum(grid.num_views for grid in grids), 4, 4, 4)
+        num_tokens = [21 + 4 * grid.rows * (4 * grid.columns + 1) for grid in grids]
+        assert batch.images_seq_mask.sum(dim=1).tolist() == num_tokens
+    assert len(seen) >= 3 and ONE_TILE in seen
     assert answer_batches(processor, small_share=1.0)[7].images.shape[1] == 2
+
+
+def text_before(processor, batch, row, position):
+    """What the conversation at a position says up to there, and the token after it."""
+    is_own = batch.question_ids[row] == batch.question_ids[row, position + 1]
+    is_own[position + 1 :] = False
+    ids = batch.input_ids[row]
+    return processor.decode(ids[is_own].tolist()), processor.decode([int(ids[position + 1])])
+
+
+def check_pointing(batch, text, token, groups, shares):
+    """Compares the cells that are pointed at with the token that they shall give; returns what was compared."""
+    cells = batch.cells
+    every = torch.cat(groups) if groups else torch.zeros(0, dtype=torch.long)
+    boxes, letters = cells.boxes.flatten(0, 2), cells.letters.flatten(0, 2)
+    if text.count(DET_START) > text.count(DET_END):
+        # The cells of one object, whose edge is the number.
+        place = text[text.rindex("[") + 1 :].count(",")
+        assert len(groups) == 1 and shares == [0, 1]
+        assert ((boxes[every, place] * 999).round() == int(token)).all()
+        return "coordinate"
+    if shares[0] > 0:
+        assert len(groups) == int(token) and shares[0] == pytest.approx(BEGINNING_SHARE / (len(groups) + 3))
+        # One cell of a tile each: the middle of the object.
+        assert all(len(group) == 1 for group in groups) and cells.is_center.flatten()[every].all()
+        return "count"
+    if text.endswith("_"):
+        return "picture"
+    if (cells.bar_values.flatten()[every] >= 0).all():
+        values = set(cells.bar_values.flatten()[every].tolist())
+        if token.isdigit():
+            assert len(values) == 1 and token in str(*values)
+            return "bar"
+    if token in SIGNS and len(token) == 1:
+        place = len(text) - text.rfind("\n") - 1
+        ids = torch.cat((letters[every], cells.text.flatten(0, 2)[every][:, [place]]), dim=1)
+        assert len(groups) == 1 and (ids == SIGNS.index(token)).any(dim=1).all()
+        return "letter"
+    word = token.strip()
+    if word in SHAPE_NAMES:
+        assert (cells.class_ids.flatten()[every] == CELL_CLASSES.index(word)).all()
+        return "shape"
+    if word in COLOR_NAMES:
+        assert (cells.color_ids.flatten()[every] == COLOR_NAMES.index(word)).all()
+        return "color"
+    return "other"
+
+
+@pytest.mark.parametrize(
+    ("num_pictures", "expected"),
+    [
+        (1, {"coordinate", "count", "letter", "shape", "color", "bar"}),
+        (2, {"coordinate", "shape"}),
+        (3, {"count", "picture", "shape", "color"}),
+    ],
+)
+def test_attention_is_told_to_go_where_the_next_token_is_seen(processor, monkeypatch, num_pictures, expected):
+    monkeypatch.setattr(batches, "NUM_PICTURES", {num_pictures: 1})
+    compared = set()
+    dataset = answer_batches(processor, small_share=0.2, split="test-pointing", batch_size=6)
+    for index in range(4 if num_pictures == 1 else 2):
+        batch = dataset[index]
+        pointings, firsts = batch.pointings, torch.bincount(batch.cell_rows).cumsum(0).roll(1)
+        firsts[0] = 0
+        assert len(batch.input_ids) == (3 if num_pictures == 2 and batch.images.shape[1] > 4 else 6)
+        assert batch.images_spatial_crop.shape[1] == num_pictures
+        torch.testing.assert_close(pointings.shares.sum(dim=1), torch.ones(len(pointings.rows)))
+        for number, (row, position) in enumerate(zip(pointings.rows, pointings.positions, strict=True)):
+            assert batch.labels[row, position + 1] != IGNORE_ID
+            ids, shares = pointings.group_ids[number], pointings.shares[number].tolist()
+            num_groups = int(ids.max()) + 1
+            assert not any(shares[1 + num_groups :])
+            groups = [(ids == group).nonzero()[:, 0] + firsts[row] for group in range(num_groups)]
+            assert all(len(group) and (batch.cell_rows[group] == row).all() for group in groups)
+            text, token = text_before(processor, batch, row, int(position))
+            found = check_pointing(batch, text, token, groups, shares[: 1 + num_groups])
+            if found == "picture":
+                # Three pictures of one tile each: 32 cells a picture.
+                assert {int(cell - firsts[row]) // 32 for group in groups for cell in group} == {int(token) - 1}
+            compared.add(found)
+        # Pointings of a question weigh 1 together.
+        asked = batch.question_ids[pointings.rows, pointings.positions + 1] + 1000 * pointings.rows
+        for question in asked.unique():
+            assert pointings.weights[asked == question].sum().item() == pytest.approx(1)
+        is_cell = batch.images_seq_mask[batch.cell_rows, batch.cell_positions]
+        assert is_cell.all() and len(is_cell) == batch.cells.object_ids.numel()
+    assert compared - {"other"} >= expected
+
+
+def test_cells_of_several_pictures_follow_each_other(processor):
+    """The picture's tokens are runs in the text: cells lie in the run of their own picture as they do alone."""
+    scenes, examples, _ = row_of("two", processor)
+    row = encode_row(processor, scenes, examples, MANY_TOKENS)
+    mask = np.array([False, *row["images_seq_mask"]], int)
+    starts = np.flatnonzero(np.diff(mask) == 1).tolist()
+    grids = [TileGrid(*grid) for grid in row["grids"]]
+    assert grids == [ONE_TILE, TWO_BY_TWO] and len(starts) == 2
+    expected = [start + place for start, grid in zip(starts, grids, strict=True) for place in cell_places(grid, 4)]
+    assert row["cell_positions"] == expected
+    own = [cells_of(processor, scene, grid, False).object_ids for scene, grid in zip(scenes, grids, strict=True)]
+    assert torch.equal(row["cells"].object_ids, torch.cat(own))
 
 
 @pytest.mark.parametrize("grid", ALL_GRIDS)
@@ -209,95 +384,51 @@ def test_scenes_are_drawn_for_their_grid(processor, grid):
         assert choose_grid(scene.size, 1, 112, processor.candidate_resolutions) == grid
 
 
-def test_questions_leave_out_what_does_not_fit(processor):
-    assert set(TASK_WEIGHTS) | {"describe"} == set(TASKS)
+def test_all_kinds_of_scenes_come(processor):
+    found = {"bars": 0, "table": 0, "texts": 0, "marked": 0, "small": 0}
+    for seed in range(200):
+        scene = draw_scene(split_rng("test-kinds", seed), processor, TWO_BY_TWO, (1, 5))
+        sides = [side for item in scene.shapes for side in (item.box[2] - item.box[0], item.box[3] - item.box[1])]
+        found["bars"] += bool(scene.bars)
+        found["table"] += any(item.row for item in scene.objects)
+        found["texts"] += len(scene.texts) > 1 and not scene.bars and not any(item.row for item in scene.objects)
+        found["marked"] += scene.marked is not None
+        found["small"] += bool(sides) and 12 * max(sides) <= min(scene.size)
+    assert min(found.values()) >= 3, found
+    assert all(found[name] > 10 for name in ("bars", "table", "texts"))
+
+
+def test_questions_fit_what_is_shown(processor):
+    makers = {**SHAPE_QUESTIONS, **TEXT_QUESTIONS, **CHART_QUESTIONS}
+    assert all(callable(make) and weight > 0 for make, weight in makers.items())
     rng = split_rng("test-ask", 0)
     empty = Scene(120, 100, GROUND, ())
     assert {example.task for _ in range(20) for example in ask(rng, empty, 5)} == {"count"}
-    tasks = [example.task for _ in range(60) for example in ask(rng, draw_scene(rng, processor, ONE_TILE, (1, 4)), 6)]
-    assert set(tasks) == set(TASKS)
+    tasks = {}
+    for _ in range(150):
+        scene = draw_scene(rng, processor, ONE_TILE, (1, 4))
+        is_table = any(item.row for item in scene.objects)
+        kind = "chart" if scene.bars else "table" if is_table else "text" if len(scene.texts) > 1 else "shapes"
+        tasks.setdefault(kind, set()).update(example.task for example in ask(rng, scene, 6))
+    assert tasks["chart"] == {"bar", "locate"} and tasks["table"] == {"table"}
+    assert tasks["text"] >= {"word", "number", "read_all"}
+    # Every ability is practised: small objects are asked by the shape, several pictures have questions of their own.
+    practised = set().union(*tasks.values()) | {"in_context", "compare", "small"}
+    assert practised == set(TASKS)
 
 
-def test_views_and_cells_of_a_view_batch_belong_together(processor):
+def test_views_and_cells_of_a_view_batch_belong_together(processor, monkeypatch):
+    monkeypatch.setattr(batches, "SCENE_KINDS", {"shapes": 1})  # lines of tables are no objects
     batch = ViewBatches(processor, 4, 12)[0]
     num_views = len(batch.views)
-    assert 12 <= num_views <= 13
+    assert 12 <= num_views <= 14
     assert batch.views.shape == (num_views, 3, 112, 112)
-    assert batch.cells.shape_ids.shape == batch.cells.color_ids.shape == (num_views, 4, 4)
+    assert batch.cells.class_ids.shape == batch.cells.color_ids.shape == (num_views, 4, 4)
     assert batch.cells.boxes.shape == (num_views, 4, 4, 4)
     # Most cells that see nothing are plain; the rest hold a corner of something.
     spread = batch.views.unflatten(2, (4, 28)).unflatten(4, (4, 28)).std(dim=(3, 5)).mean(dim=1)  # [V, G, G]
-    is_object = batch.cells.shape_ids >= 0
+    is_object = batch.cells.class_ids >= 0
     assert spread[is_object].median() > 10 * spread[~is_object].median()
-
-
-def object_at(box, name="square", color="red", kind="shape"):
-    return SceneObject(kind, name, color, box, (200, 30, 30))
-
-
-def test_cells_of_a_known_scene(processor):
-    """224x224 fills two by two tiles of 112 pixels; a cell of a tile is 28 pixels, one of the global view 56."""
-    red_square = object_at((126.0, 14.0, 182.0, 98.0))
-    word = object_at((28.0, 168.0, 84.0, 196.0), "CAT", "dark", "word")
-    cells = cells_of(processor, Scene(224, 224, GROUND, (red_square, word)), TileGrid(2, 2), is_by_view=True)
-    square_id, word_id, red = CELL_CLASSES.index("square"), CELL_CLASSES.index("word"), COLOR_NAMES.index("red")
-    s, w = square_id, word_id
-    # The square covers 42 and 14 of 56 pixels across, 42 and 42 down.
-    assert cells.shape_ids[0].tolist() == [[-1, -1, s, s], [-1, -1, s, s], [-1, -1, -1, -1], [w, w, -1, -1]]
-    upper_right, lower_left = 2, 3
-    columns = [s, s, s, -1]  # covers 14, 28 and 14 of 28 pixels across
-    assert cells.shape_ids[upper_right].tolist() == [columns, columns, columns, columns]
-    assert cells.shape_ids[lower_left].tolist() == [[-1] * 4, [-1] * 4, [-1, w, w, -1], [-1] * 4]
-    for empty in (1, 4):
-        assert (cells.shape_ids[empty] == -1).all() and (cells.color_ids[empty] == -1).all()
-    assert torch.equal(cells.color_ids == red, cells.shape_ids == square_id)
-    assert (cells.color_ids[cells.shape_ids != square_id] == -1).all()  # a word has no colour
-    as_parts = torch.tensor(red_square.box) / 224
-    torch.testing.assert_close(cells.boxes[0, 0, 2], as_parts)
-    in_tile = torch.tensor([14 / 112, 14 / 112, 70 / 112, 98 / 112])
-    torch.testing.assert_close(cells.boxes[upper_right, 1, 1], in_tile)
-    torch.testing.assert_close(cells.boxes[lower_left, 2, 1], torch.tensor([28 / 112, 56 / 112, 84 / 112, 84 / 112]))
-
-
-def test_a_box_reaches_beyond_its_tile(processor):
-    scene = Scene(224, 224, GROUND, (object_at((56.0, 56.0, 168.0, 140.0)),))
-    cells = cells_of(processor, scene, TileGrid(2, 2), is_by_view=True)
-    torch.testing.assert_close(cells.boxes[1, 3, 3], torch.tensor([0.5, 0.5, 1.5, 1.25]))
-    torch.testing.assert_close(cells.boxes[4, 0, 0], torch.tensor([-0.5, -0.5, 0.5, 0.25]))
-
-
-def test_for_answers_boxes_are_parts_of_the_picture_in_all_views(processor):
-    items = (object_at((56.0, 56.0, 168.0, 140.0)), object_at((0.0, 200.0, 56.0, 224.0), "star", "blue"))
-    cells = cells_of(processor, Scene(224, 224, GROUND, items), TileGrid(2, 2), is_by_view=False)
-    assert set(cells.object_ids.unique().tolist()) == {-1, 0, 1}
-    assert torch.equal(cells.object_ids >= 0, cells.shape_ids >= 0)
-    for number, item in enumerate(items):
-        is_own = cells.object_ids == number
-        assert is_own[0].any() and is_own[1:].any()
-        torch.testing.assert_close(cells.boxes[is_own], torch.tensor(item.box).expand(int(is_own.sum()), 4) / 224)
-
-
-def test_the_middle_of_an_object_is_one_cell_of_the_global_view_and_one_of_the_tiles(processor):
-    """224x224 in two by two tiles: cells of tiles are 28 pixels, those of the global view 56."""
-    square = object_at((100.0, 20.0, 200.0, 120.0))  # middle 150, 70
-    circle = object_at((4.0, 144.0, 24.0, 220.0), "circle")  # middle 14, 182
-    cells = cells_of(processor, Scene(224, 224, GROUND, (square, circle)), TileGrid(2, 2), is_by_view=False)
-    centers = [tuple(place) for place in torch.nonzero(cells.is_center).tolist()]
-    upper_right, lower_left = 2, 3
-    assert centers == [(0, 1, 2), (0, 3, 0), (upper_right, 2, 1), (lower_left, 2, 0)]
-    assert cells.object_ids[cells.is_center].tolist() == [0, 1, 0, 1]
-
-
-def test_a_hidden_object_has_no_middle(processor):
-    sliver, neighbour = object_at((0.0, 0.0, 224.0, 2.0)), object_at((0.0, 4.0, 224.0, 112.0), "circle")
-    cells = cells_of(processor, Scene(224, 224, GROUND, (sliver, neighbour)), TileGrid(2, 2), is_by_view=False)
-    assert cells.object_ids[cells.is_center].tolist() == [1, 1]
-
-
-def test_chosen_and_joined_cells(processor):
-    scene = Scene(224, 224, GROUND, (object_at((56.0, 56.0, 168.0, 140.0)),))
-    cells = cells_of(processor, scene, TileGrid(2, 2), is_by_view=True)
-    assert is_same(join_cells([cells.chosen([0, 1]), cells.chosen([2, 3, 4])]), cells)
 
 
 @pytest.mark.parametrize("grid", ALL_GRIDS)
@@ -306,7 +437,11 @@ def test_cell_places_are_those_of_the_model(processor, model, grid):
     num_cells = grid.num_views * 16
     features = torch.arange(1.0, num_cells + 1).view(grid.num_views, 16, 1).expand(-1, -1, 192)
     tokens = model._arrange_views(features, grid)
-    assert tokens[cell_places(grid, 4), 0].tolist() == list(range(1, num_cells + 1))
+    assert tokens[list(cell_places(grid, 4)), 0].tolist() == list(range(1, num_cells + 1))
+
+
+def object_at(box, name="square", color="red", kind="shape"):
+    return SceneObject(kind, name, color, box, (200, 30, 30))
 
 
 TWO_CIRCLES = Scene(
@@ -316,80 +451,62 @@ TWO_CIRCLES = Scene(
     (
         object_at((120.0, 120.0, 200.0, 200.0), "circle", "blue"),
         object_at((10.0, 10.0, 90.0, 90.0), "circle", "blue"),
-        object_at((120.0, 20.0, 180.0, 60.0), "CAT", "dark", "word"),
+        object_at((130.0, 20.0, 214.0, 44.0), "CAT", "dark", "word"),
     ),
 )
 
 
-def example_of(task, answer, targets, has_boxes):
-    items = tuple(TWO_CIRCLES.objects[target] for target in targets)
-    return Example(task, "?", answer, [item.box for item in items] if has_boxes else [], items, TWO_CIRCLES)
+def told(answer, *numbers, how="objects"):
+    pieces = (Piece(answer, tuple(Target(0, number) for number in numbers), how),)
+    return Example("told", "?", pieces, (), (TWO_CIRCLES,))
 
 
-@pytest.mark.parametrize(
-    ("task", "targets", "labels", "expected"),
-    [
-        # mark, word, word, mark, mark, brackets, four numbers with commas between, brackets, mark, end
-        ("locate", [0], ["blue circle"], "......0.0.0.0..."),
-        ("locate_all", [1, 0], ["blue circle"], "......1.1.1.1.0.0.0.0..."),
-        ("describe", [1, 2], ["blue circle", "word CAT"], None),
-    ],
-)
-def test_coordinates_and_labels_are_about_their_object(processor, task, targets, labels, expected):
-    items = [TWO_CIRCLES.objects[target] for target in targets]
-    groups = [[item.box for item in items]] if len(labels) == 1 else [[item.box] for item in items]
-    answer = ", ".join(
-        format_grounding(label, boxes, TWO_CIRCLES.size) for label, boxes in zip(labels, groups, strict=True)
-    )
-    ids = processor.encode(answer, bos=False, eos=True)
-    found = pointed_objects(processor, example_of(task, answer, targets, True), ids)
-    assert len(found) == len(ids) and all(len(objects) <= 1 for objects in found)
-    if expected is not None:
-        assert "".join(str(objects[0]) if objects else "." for objects in found) == expected
-        return
-    told = [(objects[0], token) for objects, token in zip(found, ids, strict=True) if objects]
-    for target, label in zip(targets, labels, strict=True):
-        own = [token for number, token in told if number == target]
-        coordinates = quantize_box(TWO_CIRCLES.objects[target].box, TWO_CIRCLES.size)
-        assert processor.decode(own) == label + "".join(map(str, coordinates))
+def located(number):
+    pieces = tuple(grounding_pieces("it", [TWO_CIRCLES.objects[number]], TWO_CIRCLES))
+    return Example("located", "?", pieces, (), (TWO_CIRCLES,))
 
 
-@pytest.mark.parametrize(
-    ("task", "answer", "targets", "expected"),
-    [
-        ("count", "2", [0, 1], [[0, 1], []]),
-        ("count", "0", [], [[], []]),
-        ("color", "blue", [1], [[1], []]),
-        ("read", "CAT", [2], [[2], [2], [2], []]),
-    ],
-)
-def test_words_are_about_what_is_asked(processor, task, answer, targets, expected):
-    ids = processor.encode(answer, bos=False, eos=True)
-    assert pointed_objects(processor, example_of(task, answer, targets, False), ids) == expected
+def test_groups_are_the_cells_of_objects_middles_or_letters(processor):
+    row_cells = RowCells(processor, [TWO_CIRCLES], [TWO_BY_TWO])
+    cells = row_cells.cells[0]
+
+    def of_object(number):
+        return (cells.object_ids.flatten() == number).nonzero()[:, 0].tolist()
+
+    for number in range(3):
+        assert row_cells.attended(Piece("?", (Target(0, number),)), 0) == ([of_object(number)], [0, 1])
+    # Middles 160, 160 and 50, 50 in tiles of 112 and cells of 28: view 4 at 1, 1 and view 1 at 1, 1.
+    both = Piece("2", (Target(0, 0), Target(0, 1)), "count")
+    groups, shares = row_cells.attended(both, 0)
+    assert groups == [[4 * 16 + 4 + 1], [16 + 4 + 1]] and shares == pytest.approx([0.6, 0.2, 0.2])
+    assert row_cells.attended(Piece("0", (), "count"), 0) == ([], [1])
+    # The letters' middles are about 144, 174 and 202 across and 32 down: view 2, row 1.
+    word = Piece("CAT", (Target(0, 2),), "letters")
+    assert [row_cells.attended(word, place) for place in range(3)] == [
+        ([[2 * 16 + 4 + column]], [0, 1]) for column in (1, 2, 3)
+    ]
+    assert row_cells.attended(word, 3) is None
+    assert row_cells.attended(Piece("of nothing"), 0) is None
+    assert row_cells.attended(Piece("?", (Target(1, 0),)), 0) is None
 
 
 def test_pointings_go_from_the_token_before(processor):
     """A count leaves a part with the beginning, so that the rest tells how many there are; a box takes all."""
-    box = format_grounding("word", [TWO_CIRCLES.objects[2].box], TWO_CIRCLES.size)
-    examples = [
-        example_of("count", "2", [0, 1], False),
-        example_of("count", "0", [], False),
-        example_of("locate", box, [2], True),
-    ]
-    row = encode_row(processor, TWO_CIRCLES, examples, MANY_TOKENS)
+    examples = [told("2", 0, 1, how="count"), told("0", how="count"), located(2), told("CAT", 2, how="letters")]
+    row = encode_row(processor, [TWO_CIRCLES], examples, MANY_TOKENS)
     batch = collate([row, row], processor.pad_id)
     pointings = batch.pointings
-    assert pointings.rows.tolist() == [0] * 6 + [1] * 6
-    assert torch.equal(pointings.shares[:6], pointings.shares[6:])
-    expected = [[0.6, 0.2, 0.2, 0], [1, 0, 0, 0]] + [[0, 0, 0, 1]] * 4
-    torch.testing.assert_close(pointings.shares[:6], torch.tensor(expected, dtype=torch.float))
-    assert pointings.is_count[:6].tolist() == [True, True, False, False, False, False]
-    assert pointings.weights[:6].tolist() == [1, 1, 0.25, 0.25, 0.25, 0.25]
+    assert pointings.rows.tolist() == [0] * 9 + [1] * 9
+    assert torch.equal(pointings.shares[:9], pointings.shares[9:])
+    expected = [[0.6, 0.2, 0.2], [1, 0, 0]] + [[0, 1, 0]] * 7
+    torch.testing.assert_close(pointings.shares[:9], torch.tensor(expected, dtype=torch.float))
+    torch.testing.assert_close(pointings.weights[:9], torch.tensor([1, 1] + [1 / 4] * 4 + [1 / 3] * 3))
     answers = batch.labels[pointings.rows, pointings.positions + 1]
     assert (answers != IGNORE_ID).all()
     numbers = [str(value) for value in quantize_box(TWO_CIRCLES.objects[2].box, TWO_CIRCLES.size)]
-    assert [processor.decode([token]) for token in answers[:6].tolist()] == ["2", "0", *numbers]
-    is_cell = torch.zeros_like(batch.images_seq_mask).scatter_(1, batch.cell_positions, True)
+    assert [processor.decode([token]) for token in answers[:9].tolist()] == ["2", "0", *numbers, *"CAT"]
+    assert located(2).answer == format_grounding("it", [TWO_CIRCLES.objects[2]], TWO_CIRCLES)
+    is_cell = torch.zeros_like(batch.images_seq_mask).scatter_(1, batch.cell_table, True)
     assert is_cell.sum(dim=1).tolist() == [5 * 16] * 2
     assert not (is_cell & ~batch.images_seq_mask).any()
 
@@ -398,67 +515,33 @@ def test_nothing_is_pointed_at_where_no_image_token_sees_it(processor):
     """A neighbour fills more of every cell than the sliver that is asked for."""
     sliver, neighbour = object_at((0.0, 0.0, 224.0, 2.0)), object_at((0.0, 4.0, 224.0, 112.0), "circle")
     scene = Scene(224, 224, GROUND, (sliver, neighbour))
-    example = Example("color", "?", "red", [], (sliver,), scene)
-    assert encode_row(processor, scene, [example], MANY_TOKENS)["pointings"] == []
+    for how, targets in (("objects", (Target(0, 0),)), ("count", (Target(0, 0), Target(0, 1)))):
+        example = Example("told", "?", (Piece("2", targets, how),), (), (scene,))
+        assert encode_row(processor, [scene], [example], MANY_TOKENS)["pointings"] == []
 
 
-def test_questions_fill_a_row_up_to_its_end(processor):
-    scene, examples = scene_and_examples(processor, 6, ONE_TILE, num_questions=9)
-    whole = encode_row(processor, scene, examples, MANY_TOKENS)
-    lengths = [whole["segments"].count(number) for number in range(1, len(examples) + 1)]
-    limit = sum(lengths) - 1
-    part = encode_row(processor, scene, examples, limit)
-    assert 0 < max(part["segments"]) < len(examples)
-    num_tokens = len(part["segments"]) - part["segments"].count(0)
-    assert limit - max(lengths) < num_tokens <= limit
-    none = encode_row(processor, scene, examples, min(lengths) - 1)
-    assert set(none["segments"]) == {0} and none["pointings"] == []
+def test_a_row_without_pointings_beside_one_with(processor):
+    empty, full = (encode_row(processor, [TWO_CIRCLES], [example], MANY_TOKENS) for example in (told("?"), located(0)))
+    pointings = collate([empty, full], processor.pad_id).pointings
+    assert pointings.rows.tolist() == [1] * 4 and pointings.group_ids.shape == (4, 80)
+    nothing = collate([empty], processor.pad_id).pointings
+    assert nothing.rows.shape == nothing.positions.shape == nothing.weights.shape == (0,)
+    assert nothing.rows.dtype == torch.long and nothing.shares.shape == (0, 1)
 
 
-def painted_box(processor, scene, grid, number):
-    """Where an object's box lies in each view, found in pixels: [V, 4], NaN where there is nothing of it."""
-    mask = Image.new("RGB", scene.size)
-    empty_views = processor.image_transform.views(mask, grid, 112)
-    x1, y1, x2, y2 = scene.objects[number].box
-    ImageDraw.Draw(mask).rectangle((x1, y1, x2 - 1, y2 - 1), fill="white")
-    boxes = []
-    for view, empty in zip(processor.image_transform.views(mask, grid, 112), empty_views, strict=True):
-        rows, columns = torch.nonzero(view[0] - empty[0] > 1.0, as_tuple=True)  # half of black to white
-        found = len(rows) > 0
-        edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if found else [float("nan")] * 4
-        boxes.append([float(edge) for edge in edges])
-    return torch.tensor(boxes)
-
-
-@pytest.mark.parametrize("grid", ALL_GRIDS)
-def test_cells_agree_with_the_pixels_of_the_views(processor, grid):
-    """Every object's box goes through the processor as a picture, and comes out where the cells say."""
-    rng = split_rng("test-cells", ALL_GRIDS.index(grid))
-    num_compared = 0
-    for _ in range(4):
-        scene = draw_scene(rng, processor, grid, (2, 4))
-        cells = cells_of(processor, scene, grid, is_by_view=True)
-        fit = letterbox(scene.size, (112, 112))
-        told = cells.boxes * 112
-        told[0] = cells.boxes[0] * torch.tensor([fit.width, fit.height] * 2)
-        told[0] += torch.tensor([fit.left, fit.top] * 2)
-        for number, item in enumerate(scene.objects):
-            kind = CELL_CLASSES.index(item.name if item.kind == "shape" else item.kind)
-            for view, painted in enumerate(painted_box(processor, scene, grid, number)):
-                if painted.isnan().any():
-                    assert view > 0  # the global view shows everything
-                    continue
-                # Cells whose box, cut at the edges of the view, is the painted one.
-                differences = (told[view].clamp(0, 112) - painted).abs().amax(dim=-1)
-                is_own = (cells.shape_ids[view] == kind) & (differences <= 1.1)
-                # What fills no part of a cell to speak of, or less than a neighbour, is not told.
-                is_large = min(painted[2] - painted[0], painted[3] - painted[1]) > 28
-                assert is_own.any() or not is_large
-                num_compared += int(is_own.any())
-                rows, columns = torch.nonzero(is_own, as_tuple=True)
-                assert (columns * 28 < painted[2]).all() and (columns * 28 + 28 > painted[0]).all()
-                assert (rows * 28 < painted[3]).all() and (rows * 28 + 28 > painted[1]).all()
-    assert num_compared >= 8
+def test_conversations_fill_a_row_up_to_its_end(processor):
+    scenes, examples = one_picture(6, ONE_TILE, 6, processor)
+    history = row_of("history", processor)[:2]
+    for pictures, asked in ((scenes, examples), history):
+        whole = encode_row(processor, pictures, asked, MANY_TOKENS)
+        lengths = [whole["segments"].count(number) for number in range(1, len(asked) + 1)]
+        limit = sum(lengths) - 1
+        part = encode_row(processor, pictures, asked, limit)
+        assert 0 < max(part["segments"]) < len(asked)
+        num_tokens = len(part["segments"]) - part["segments"].count(0)
+        assert limit - max(lengths) < num_tokens <= limit
+        none = encode_row(processor, pictures, asked, min(lengths) - 1)
+        assert set(none["segments"]) == {0} and none["pointings"] == []
 
 
 def test_curriculum():

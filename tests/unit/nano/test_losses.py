@@ -1,6 +1,7 @@
 """nano's losses, against torch's own and by what must make them smallest."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from deepseek_vl2.models.special_tokens import DET_END, DET_START
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
-from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, AnswerBatches, Cells, Curriculum, Pointings
+from deepseek_vl2.nano.batches import IGNORE_ID, AnswerBatch, AnswerBatches, Curriculum, Pointings
+from deepseek_vl2.nano.layouts import COLUMN_NAMES, MAX_BAR, ROW_NAMES
 from deepseek_vl2.nano.losses import (
     ATTENTION_NAME,
     COORDINATE_WEIGHT,
@@ -19,10 +21,11 @@ from deepseek_vl2.nano.losses import (
     DenseHeads,
     NumberTargets,
     PointingLoss,
+    pointing_attention,
     question_weights,
 )
-from deepseek_vl2.nano.questions import CELL_CLASSES
 from deepseek_vl2.nano.scenes import COLOR_NAMES
+from deepseek_vl2.nano.targets import CELL_CLASSES, MAX_LETTERS_A_CELL, MAX_TEXT_LENGTH, SIGNS, Cells
 from deepseek_vl2.nano.tokenizer import number_token_ids
 
 SPREAD = 6.0
@@ -43,13 +46,16 @@ def random_layer(seed=0):
     return nn.Linear(WIDTH, VOCAB_SIZE, bias=False)
 
 
-def batch_of(input_ids, labels, segments=None):
-    """A batch of which the loss reads ids, labels and segments only; one question a row if no segments are given."""
-    ids, nothing = torch.tensor(input_ids), torch.empty(0)
-    questions = torch.ones_like(ids) if segments is None else torch.tensor(segments)
-    cells = Cells(nothing, nothing, nothing, nothing, nothing)
-    pointings = Pointings(nothing, nothing, nothing, nothing, nothing)
-    return AnswerBatch(ids, torch.tensor(labels), ids, questions, ids, nothing, nothing, cells, nothing, pointings)
+def only(**parts):
+    """A batch of which the loss under test reads these parts alone."""
+    return AnswerBatch(**{field.name: None for field in fields(AnswerBatch)} | parts)
+
+
+def batch_of(input_ids, labels, question_ids=None):
+    """A batch of answers; one question a row if none are given."""
+    ids = torch.tensor(input_ids)
+    questions = torch.ones_like(ids) if question_ids is None else torch.tensor(question_ids)
+    return only(input_ids=ids, labels=torch.tensor(labels), question_ids=questions)
 
 
 def number(value):
@@ -140,13 +146,13 @@ def test_every_question_counts_the_same(targets):
     loss = AnswerLoss(targets, DET, END)
     ids = [[WORD, WORD, EOS, OTHER_WORD, WORD, OTHER_WORD, EOS], [WORD, WORD, OTHER_WORD, EOS, 0, 0, 0]]
     is_answer = [[0, 0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]]
-    segments = [[0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, -1, -1, -1]]
+    question_ids = [[0, 0, 1, 0, 2, 2, 2], [0, 0, 1, 1, 0, 0, 0]]
     labels = torch.tensor(ids).where(torch.tensor(is_answer) > 0, IGNORE_ID)
     layer, hidden = random_layer(), torch.randn(2, 7, WIDTH)
     log_probabilities = layer(hidden)[:, :-1].log_softmax(dim=-1)
     costs = -log_probabilities.gather(2, torch.tensor(ids)[:, 1:, None])[..., 0]
     expected = torch.stack([costs[0, 1], costs[0, 3:6].mean(), costs[1, 1:3].mean()]).mean()
-    found = loss(hidden, layer, batch_of(ids, labels.tolist(), segments))
+    found = loss(hidden, layer, batch_of(ids, labels.tolist(), question_ids))
     torch.testing.assert_close(found["answer"], expected)
 
 
@@ -179,58 +185,115 @@ def test_marks_are_looked_up_in_the_tokenizer():
     targets = NumberTargets(number_token_ids(tokenizer), len(tokenizer), SPREAD)
     loss = AnswerLoss.for_tokenizer(targets, tokenizer)
     assert tokenizer.convert_ids_to_tokens([loss.det_start, loss.det_end]) == [DET_START, DET_END]
-    ids = tokenizer.encode("0 999", add_special_tokens=False)
-    assert [targets.number_of_id[ids[0]].item(), targets.number_of_id[ids[-1]].item()] == [0, 999]
+    ids = tokenizer.encode("[0, 999", add_special_tokens=False)
+    assert [targets.number_of_id[ids[1]].item(), targets.number_of_id[ids[-1]].item()] == [0, 999]
     assert (targets.number_of_id >= 0).sum() == 1000
 
 
 def cells_with_objects():
-    shape_ids = torch.tensor([[[2, -1], [6, -1]], [[-1, -1], [-1, 0]]])  # 6: a word, which has no colour
-    color_ids = torch.tensor([[[1, -1], [-1, -1]], [[-1, -1], [-1, 7]]])
-    boxes = torch.zeros(2, 2, 2, 4)
-    boxes[0, 0, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    boxes[0, 1, 0] = torch.tensor([0.0, 0.5, 1.0, 0.9])
-    boxes[1, 1, 1] = torch.tensor([-0.5, 0.25, 1.5, 0.75])  # reaches beyond its tile
-    is_center = torch.tensor([[[True, False], [False, False]], [[False, False], [False, True]]])
-    return Cells(shape_ids, shape_ids, color_ids, is_center, boxes)
+    """Two views of two by two cells, which see a triangle, a word of a table and a bar."""
+    triangle, word, bar = (0, 0, 0), (0, 1, 0), (1, 1, 1)
+
+    def filled(values, shape=(), empty=-1):
+        ids = torch.full((2, 2, 2, *shape), empty)
+        for place, value in values.items():
+            ids[place] = torch.tensor(value)
+        return ids
+
+    return Cells(
+        object_ids=filled({triangle: 0, word: 1, bar: 0}),
+        class_ids=filled({triangle: 2, word: 6, bar: 8}),
+        color_ids=filled({triangle: 1, bar: 7}),  # words have none
+        is_center=filled({triangle: True, bar: True}, empty=False),
+        is_marked=filled({triangle: True}, empty=False),
+        bar_values=filled({bar: MAX_BAR}),
+        row_ids=filled({word: 3}),
+        column_ids=filled({word: 1}),
+        letters=filled({word: [3, 14, -1, -1], bar: [30, -1, -1, -1]}, (MAX_LETTERS_A_CELL,)),
+        text=filled({word: [-1, 3, 14, -1, -1, -1], bar: [30, -1, -1, -1, -1, -1]}, (MAX_TEXT_LENGTH,)),
+        # The last one reaches beyond its tile.
+        boxes=filled(
+            {triangle: [0.1, 0.2, 0.3, 0.4], word: [0.0, 0.5, 1.0, 0.9], bar: [-0.5, 0.25, 1.5, 0.75]}, (4,), 0.0
+        ),
+    )
 
 
-def perfect_heads(cells, targets):
+CATEGORIES = {"class_ids": len(CELL_CLASSES) + 1, "color_ids": len(COLOR_NAMES), "bar_values": MAX_BAR + 1}
+OF_SCENES = {"row_ids": len(ROW_NAMES), "column_ids": len(COLUMN_NAMES)}
+# What is read by heads of views and of scenes, boxes not counted.
+READ = {
+    False: {*CATEGORIES, "letters", "is_center", "is_marked"},
+    True: {*CATEGORIES, *OF_SCENES, "text", "is_center", "is_marked"},
+}
+
+
+def perfect_heads(cells, targets, knows_scene):
     """Heads and tokens that say of each cell just what it sees: tokens are one-hot by cell."""
-    width = cells.shape_ids.numel()
-    heads = DenseHeads(width, targets)
-    shape_ids, color_ids = cells.shape_ids.flatten(), cells.color_ids.flatten()
-    sharp = 30.0
+    width = cells.class_ids.numel()
+    heads = DenseHeads(width, targets, knows_scene)
+    sharp, every = 30.0, torch.arange(width)
     with torch.no_grad():
-        for head in (heads.shape, heads.color, heads.center):
+        for head in (*heads.categories.values(), *heads.signs.values(), *heads.flags.values()):
             head.weight.zero_(), head.bias.zero_()
-        heads.center.weight[0] = (cells.is_center.flatten().float() * 2 - 1) * sharp
-        heads.shape.weight[shape_ids.where(shape_ids >= 0, len(CELL_CLASSES)), torch.arange(width)] = sharp
-        seen = color_ids >= 0
-        heads.color.weight[color_ids[seen], torch.arange(width)[seen]] = sharp
+        for name, head in heads.categories.items():
+            ids = getattr(cells, name).flatten()
+            ids = ids.where(ids >= 0, len(CELL_CLASSES)) if name == "class_ids" else ids
+            head.weight[ids[ids >= 0], every[ids >= 0]] = sharp
+        for name, head in heads.signs.items():
+            ids = getattr(cells, name).flatten(0, -2)  # [cells, places]
+            for place in range(ids.shape[1]):
+                # One more than there are signs: none stands there.
+                signs = ids[:, place].where(ids[:, place] >= 0, len(SIGNS))
+                head.weight[place * (len(SIGNS) + 1) + signs, every] = sharp
+        for name, head in heads.flags.items():
+            head.weight[0] = (getattr(cells, name).flatten().float() * 2 - 1) * sharp
     return heads, torch.eye(width)
 
 
-def test_perfect_heads_lose_nothing(targets):
+@pytest.mark.parametrize("knows_scene", [False, True])
+def test_perfect_heads_lose_nothing(targets, knows_scene):
     cells = cells_with_objects()
-    heads, tokens = perfect_heads(cells, targets)
+    heads, tokens = perfect_heads(cells, targets, knows_scene)
     layer = nn.Linear(tokens.shape[-1], VOCAB_SIZE, bias=False)
     losses = heads(tokens, cells, layer)
-    assert losses["dense_shape"].item() == pytest.approx(0, abs=1e-5)
-    assert losses["dense_color"].item() == pytest.approx(0, abs=1e-5)
-    assert losses["dense_center"].item() == pytest.approx(0, abs=1e-5)
-    wrong = replace(cells, shape_ids=cells.shape_ids.flip(0), color_ids=cells.color_ids.flip(0))
-    assert heads(tokens, wrong, layer)["dense_shape"] > 5
-    assert heads(tokens, wrong, layer)["dense_color"] > 2
-    elsewhere = replace(cells, is_center=~cells.is_center)
-    assert heads(tokens, elsewhere, layer)["dense_center"] > 5
+    assert set(losses) == {f"dense_{name}" for name in READ[knows_scene] | {"boxes"}}
+    for name in READ[knows_scene]:
+        assert losses[f"dense_{name}"].item() == pytest.approx(0, abs=1e-5), name
+        other = getattr(cells, name)
+        other = ~other if other.dtype == torch.bool else other.where(other < 0, (other - 1).clamp(min=0))
+        wrong = heads(tokens, replace(cells, **{name: other}), layer)
+        assert wrong[f"dense_{name}"] > 5, name
+        # Each is read by a head of its own.
+        assert {own for own in losses if wrong[own] != losses[own]} == {f"dense_{name}"}
+
+
+def test_heads_are_as_wide_as_what_they_read(targets):
+    heads = DenseHeads(WIDTH, targets, knows_scene=True)
+    assert {name: head.out_features for name, head in heads.categories.items()} == CATEGORIES | OF_SCENES
+    assert {name: head.out_features for name, head in heads.signs.items()} == {"text": 6 * 37}
+    views = DenseHeads(WIDTH, targets, knows_scene=False)
+    assert {name: head.out_features for name, head in views.categories.items()} == CATEGORIES
+    assert {name: head.out_features for name, head in views.signs.items()} == {"letters": 4 * 37}
+
+
+@pytest.mark.parametrize("num_cells", [2, 40])
+def test_rare_flags_weigh_as_much_as_common_ones(targets, num_cells):
+    """A head that says yes to all is wrong about half, however few objects are marked."""
+    one = cells_with_objects().chosen([0])
+    cells = Cells(*(getattr(one, field.name)[:, :1, :1].repeat_interleave(num_cells, 1) for field in fields(Cells)))
+    cells.is_marked[0, 1:] = False
+    heads = DenseHeads(WIDTH, targets, knows_scene=False)
+    with torch.no_grad():
+        heads.flags["is_marked"].weight.zero_(), heads.flags["is_marked"].bias.fill_(8.0)
+    loss = heads(torch.randn(num_cells, WIDTH), cells, random_layer())["dense_is_marked"]
+    assert loss.item() == pytest.approx(8 / 2, abs=0.01)
 
 
 def test_boxes_are_read_through_the_rows_of_numbers(targets):
     """A head that points at each number's own row reaches 0: x1, y1, x2, y2 in order, cut at 0 and 1."""
     cells = cells_with_objects()
     width = 8
-    heads = DenseHeads(width, targets)
+    heads = DenseHeads(width, targets, knows_scene=False)
     layer = nn.Linear(width, VOCAB_SIZE, bias=False)
     numbers = torch.arange(1000.0)
     # Normalised rows on a circle; a long vector in the same direction gives a bell around its number.
@@ -239,7 +302,7 @@ def test_boxes_are_read_through_the_rows_of_numbers(targets):
         layer.weight.zero_()
         layer.weight[NUMBER_IDS, :2] = torch.stack((angles.cos(), angles.sin()), dim=1) * 3
         heads.box.weight.zero_()
-        is_object = cells.shape_ids.flatten() >= 0
+        is_object = cells.class_ids.flatten() >= 0
         told = (cells.boxes.flatten(0, 2)[is_object].clamp(0, 1) * 999).round()
         length = (999 * 2 / torch.pi / SPREAD) ** 2
         directions = torch.zeros(3, 4, width)
@@ -249,127 +312,149 @@ def test_boxes_are_read_through_the_rows_of_numbers(targets):
         tokens = torch.zeros(8, width)
         tokens[is_object] = torch.eye(width)[:3]
         heads.box.weight[:, :3] = directions.flatten(1).T
-    right = heads(tokens, cells, layer)["dense_box"]
+    right = heads(tokens, cells, layer)["dense_boxes"]
     assert right.item() == pytest.approx(0, abs=0.02)
     swapped = replace(cells, boxes=cells.boxes[..., [1, 0, 3, 2]])
-    assert heads(tokens, swapped, layer)["dense_box"] > 10
+    assert heads(tokens, swapped, layer)["dense_boxes"] > 10
 
 
 @pytest.mark.parametrize("has_objects", [True, False])
-def test_gradients_of_dense_heads_are_finite(targets, has_objects):
+@pytest.mark.parametrize("knows_scene", [True, False])
+def test_gradients_of_dense_heads_are_finite(targets, has_objects, knows_scene):
     """A batch without any object must not spoil the weights."""
     cells = cells_with_objects()
     if not has_objects:
-        nothing = torch.full_like(cells.shape_ids, -1)
-        cells = replace(cells, shape_ids=nothing, color_ids=nothing)
+        parts = {field.name: getattr(cells, field.name) for field in fields(Cells)}
+        nothing = {torch.bool: False, torch.float32: 0.0}
+        cells = Cells(**{name: torch.full_like(part, nothing.get(part.dtype, -1)) for name, part in parts.items()})
     torch.manual_seed(2)
-    heads, layer = DenseHeads(WIDTH, targets), random_layer()
+    heads, layer = DenseHeads(WIDTH, targets, knows_scene), random_layer()
     tokens = torch.randn(8, WIDTH, requires_grad=True)
     losses = heads(tokens, cells, layer)
-    assert set(losses) == {"dense_shape", "dense_color", "dense_center", "dense_box"}
     sum(losses.values()).backward()
     for name, parameter in (*heads.named_parameters(), ("layer", layer.weight), ("tokens", tokens)):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    assert (losses["dense_box"] > 0) == (losses["dense_color"] > 0) == has_objects
+    # That a cell sees nothing is the one thing to learn from an empty picture.
+    assert {name for name, loss in losses.items() if loss > 0} == (set(losses) if has_objects else {"dense_class_ids"})
     assert tokens.grad.abs().sum() > 0
 
 
-def test_words_in_pictures_have_no_colour_to_learn(targets):
+@pytest.mark.parametrize("name", ["color_ids", "bar_values", "row_ids", "column_ids", "text", "is_marked", "boxes"])
+def test_only_cells_that_see_something_of_a_kind_learn_it(targets, name):
+    """Words have no colour, triangles no letters."""
     cells = cells_with_objects()
-    heads = DenseHeads(WIDTH, targets)
-    assert heads.color.out_features == len(COLOR_NAMES)
     tokens = torch.randn(8, WIDTH, requires_grad=True)
-    heads(tokens, cells, random_layer())["dense_color"].backward()
-    has_color = tokens.grad.abs().sum(dim=-1) > 0
-    assert has_color.tolist() == (cells.color_ids.flatten() >= 0).tolist()
+    DenseHeads(WIDTH, targets, knows_scene=True)(tokens, cells, random_layer())[f"dense_{name}"].backward()
+    of_objects = {"is_marked": cells.object_ids, "boxes": cells.object_ids, "text": cells.text.amax(dim=-1)}
+    is_seen = of_objects.get(name, getattr(cells, name)).flatten() >= 0
+    assert (tokens.grad.abs().sum(dim=-1) > 0).tolist() == is_seen.tolist()
 
 
 NUM_TOKENS = 6
 CELL_POSITIONS = [1, 2, 4, 5]
+NO_GROUP = -1
 
 
-def pointing_batch(shares, is_count=False, positions=(5,), weights=(1.0,)):
-    """One row of six tokens: the first, the cell of the global view, one tile's, a newline, two more tiles' cells.
-
-    The second object fills two tiles and has its middle in the first of them.
-    """
-    nothing = torch.empty(0)
-    object_ids = torch.tensor([0, 1, 1, 0]).view(4, 1, 1)
-    is_center = torch.tensor([True, True, False, True]).view(4, 1, 1)
-    cells = Cells(object_ids, nothing, nothing, is_center, nothing)
+def pointing_batch(shares, groups, positions=(5,), weights=(1.0,)):
+    """One row of six tokens: the first, two cells, a newline, two more cells; `groups` says whose the cells are."""
+    num_pointings = len(positions)
     pointings = Pointings(
-        torch.zeros(len(positions), dtype=torch.long),
-        torch.tensor(positions, dtype=torch.long),
-        torch.tensor(shares).view(-1, 3),
-        torch.full((len(positions),), is_count),
-        torch.tensor(weights),
+        rows=torch.zeros(num_pointings, dtype=torch.long),
+        positions=torch.tensor(positions, dtype=torch.long),
+        group_ids=torch.tensor(groups, dtype=torch.long).view(num_pointings, 4),
+        shares=torch.tensor(shares).view(num_pointings, -1) if num_pointings else torch.zeros(0, 1),
+        weights=torch.tensor(weights),
     )
-    ids = torch.zeros(1, NUM_TOKENS, dtype=torch.long)
-    places = torch.tensor([CELL_POSITIONS])
-    return AnswerBatch(ids, ids, ids, ids, ids, nothing, nothing, cells, places, pointings)
+    return only(cell_table=torch.tensor([CELL_POSITIONS]), pointings=pointings)
 
 
-def pointing_loss(batch, attention, mask=None):
-    """The loss where each token of one row attends by `attention` [T] in all heads that point."""
+def pointing_loss(batch, attention):
+    """The loss where each token of one row attends by `attention` [T] in all heads that point; the last one is free."""
+    free = torch.rand(1, 1, NUM_TOKENS, NUM_TOKENS).softmax(dim=-1)
+    pointing = attention.expand(1, NUM_POINTING_HEADS, NUM_TOKENS, -1)
     loss = PointingLoss(batch)
-    heads = NUM_POINTING_HEADS + 1  # the last one is free
-    key = torch.eye(NUM_TOKENS).expand(1, heads, -1, -1)
-    query = attention.log().expand(1, heads, NUM_TOKENS, -1).clone()
-    query[:, -1] = torch.randn(NUM_TOKENS, NUM_TOKENS)
-    scaling = 0.5
-    visible = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool) if mask is None else mask
-    loss.read(query / scaling, key, visible, scaling)
+    loss.read(torch.cat((pointing, free), dim=1))
     return loss.value
 
 
 def test_pointing_costs_the_divergence_from_the_shares():
-    attention = torch.tensor([0.5, 0.1, 0.05, 0.15, 0.1, 0.1])
+    attention = torch.tensor([0.5, 0.2, 0.05, 0.05, 0.1, 0.1])
     expected = 0.6 * torch.tensor(0.6 / 0.5).log() + 0.2 * torch.tensor(0.2 / 0.2).log()
     expected += 0.2 * torch.tensor(0.2 / 0.15).log()  # of two cells together
-    batch = pointing_batch([[0.6, 0.2, 0.2]])
+    batch = pointing_batch([[0.6, 0.2, 0.2]], [[0, 1, 1, NO_GROUP]])
     torch.testing.assert_close(pointing_loss(batch, attention), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_only_the_middles_in_tiles_count():
-    attention = torch.tensor([0.6, 0.0, 0.2, 0.0, 0.0, 0.2]) + 1e-9
-    assert pointing_loss(pointing_batch([[0.6, 0.2, 0.2]], is_count=True), attention).item() == pytest.approx(
-        0, abs=1e-4
-    )
-    for elsewhere in ([0.6, 0.2, 0.2, 0.0, 0.0, 0.0], [0.6, 0.0, 0.0, 0.0, 0.2, 0.2]):
-        attention = torch.tensor(elsewhere) + 1e-9
-        assert pointing_loss(pointing_batch([[0.6, 0.2, 0.2]]), attention).item() == pytest.approx(0, abs=1e-4)
-        assert pointing_loss(pointing_batch([[0.6, 0.2, 0.2]], is_count=True), attention) > 1
-
-
 @pytest.mark.parametrize("split", [0.05, 0.2, 0.39])
-def test_attention_may_choose_among_the_cells_of_an_object(split):
-    attention = torch.tensor([0.6, 0.0, split, 0.0, 0.4 - split, 0.0]) + 1e-9
-    assert pointing_loss(pointing_batch([[0.6, 0.0, 0.4]]), attention).item() == pytest.approx(0, abs=1e-4)
-    assert pointing_loss(pointing_batch([[0.6, 0.4, 0.0]]), attention) > 1
+def test_attention_may_choose_among_the_cells_of_a_group(split):
+    attention = torch.tensor([0.6, 0.0, split, 0.0, 0.4 - split, 0.0])
+    groups = [[0, 1, 1, 0]]
+    assert pointing_loss(pointing_batch([[0.6, 0.0, 0.4]], groups), attention).item() == pytest.approx(0, abs=1e-4)
+    assert pointing_loss(pointing_batch([[0.6, 0.4, 0.0]], groups), attention) > 1
 
 
-def test_what_is_hidden_gets_no_attention():
-    attention = torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1, 0.1])
-    mask = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool)
-    mask[..., 2:] = False
-    batch = pointing_batch([[0.5, 0.5, 0.0]])
-    assert pointing_loss(batch, attention, mask).item() == pytest.approx(0, abs=1e-4)
-    assert pointing_loss(batch, attention) > 0.1
+def test_cells_of_no_group_take_attention_away():
+    attention = torch.tensor([0.5, 0.25, 0.25, 0.0, 0.0, 0.0])
+    with_both = pointing_loss(pointing_batch([[0.5, 0.5]], [[0, 0, 0, 0]]), attention)
+    with_one = pointing_loss(pointing_batch([[0.5, 0.5]], [[0, NO_GROUP, 0, 0]]), attention)
+    assert with_both.item() == pytest.approx(0, abs=1e-4)
+    assert with_one.item() == pytest.approx(0.5 * torch.tensor(2.0).log().item(), abs=1e-4)
+
+
+def test_each_pointing_reads_its_own_row_and_token():
+    """Two rows, the second with fewer cells: the rest of its table is 0, the first token, which no group may take."""
+    torch.manual_seed(6)
+    attention = torch.rand(2, 3, NUM_TOKENS, NUM_TOKENS).softmax(dim=-1)
+    pointings = Pointings(
+        rows=torch.tensor([1, 0]),
+        positions=torch.tensor([3, 5]),
+        group_ids=torch.tensor([[NO_GROUP, 0, NO_GROUP, NO_GROUP], [1, 0, NO_GROUP, 1]]),
+        shares=torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]),
+        weights=torch.ones(2),
+    )
+    loss = PointingLoss(only(cell_table=torch.tensor([[1, 2, 4, 5], [3, 4, 0, 0]]), pointings=pointings))
+    loss.read(attention)
+    first = attention[1, :NUM_POINTING_HEADS, 3]
+    second = attention[0, :NUM_POINTING_HEADS, 5]
+    found = torch.stack((first[:, 0], first[:, 4], second[:, 2], second[:, 1] + second[:, 5]))
+    expected = (0.5 * (0.5 / found).log()).mean(dim=1).sum() / 2
+    torch.testing.assert_close(loss.value, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_pointings_are_weighted():
     attention = torch.tensor([0.5, 0.1, 0.05, 0.15, 0.1, 0.1])
-    shares = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    each = [pointing_loss(pointing_batch([own]), attention) for own in shares]
+    shares, groups = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [[0, 1, 1, 0]] * 3
+    each = [pointing_loss(pointing_batch([own], groups[:1]), attention) for own in shares]
     weights = (1.0, 0.25, 0.75)
-    found = pointing_loss(pointing_batch(shares, positions=(3, 4, 5), weights=weights), attention)
+    found = pointing_loss(pointing_batch(shares, groups, positions=(3, 4, 5), weights=weights), attention)
     expected = sum(weight * own for weight, own in zip(weights, each, strict=True)) / sum(weights)
     torch.testing.assert_close(found, expected)
 
 
 def test_no_pointings_cost_nothing():
-    batch = pointing_batch(shares=[], positions=(), weights=())
+    batch = pointing_batch(shares=[], groups=[], positions=(), weights=())
     assert pointing_loss(batch, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)).item() == 0
+
+
+@pytest.mark.parametrize("layer", range(POINTING_LAYER - 1, POINTING_LAYER + 2))
+def test_attention_written_out_is_torchs_and_one_layer_is_read(layer):
+    torch.manual_seed(7)
+    query, key = torch.randn(2, 2, 3, NUM_TOKENS, 8)
+    value = torch.randn(2, 3, NUM_TOKENS, 5)
+    mask = torch.rand(2, 1, NUM_TOKENS, NUM_TOKENS) < 0.5
+    mask[..., 0] = True
+    read = []
+    pointing = SimpleNamespace(read=read.append)
+    module = SimpleNamespace(scaling=0.3, layer_idx=layer)
+    found, _ = pointing_attention(module, query, key, value, mask, pointing=pointing)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    assert len(read) == (layer == POINTING_LAYER)
+    for weights in read:
+        torch.testing.assert_close(weights @ value, expected)
+        assert not weights[~mask.expand_as(weights)].any()
+    again, _ = pointing_attention(module, query, key, value, mask)
+    assert torch.equal(again, found)
 
 
 def test_the_attention_that_points_is_torchs_and_moves_one_layer():
@@ -377,7 +462,7 @@ def test_the_attention_that_points_is_torchs_and_moves_one_layer():
     processor = nano_processor()
     model = untrained_nano(processor.tokenizer, seed=3).language.model
     curriculum = Curriculum(1, growing_share=0.0, last_small_share=1.0)
-    batch = AnswerBatches(processor, curriculum, batch_size=2, tokens_a_picture=60)[0]
+    batch = AnswerBatches(processor, curriculum, batch_size=2, max_tokens=60)[0]
     options = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask(),

@@ -1,4 +1,4 @@
-"""nano's configuration, processor and starting weights: the published kinds of layers, in 12 MB."""
+"""nano's configuration, processor and starting weights: the published kinds of layers, in 14 MB."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from deepseek_vl2.models.tiling import TileGrid, choose_grid, num_image_tokens
 from deepseek_vl2.nano.architecture import CANDIDATE_RESOLUTIONS, nano_config, nano_processor, untrained_nano
 from deepseek_vl2.nano.tokenizer import number_token_ids
 
-MAX_PARAMETERS = 6_000_000  # 12 MB in bfloat16
+MAX_PARAMETERS = 7_000_000  # 14 MB in bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def model(processor):
     return untrained_nano(processor.tokenizer, seed=3)
 
 
-def test_it_fits_in_12_megabytes(model):
-    assert 5_000_000 < sum(parameter.numel() for parameter in model.parameters()) <= MAX_PARAMETERS
+def test_it_fits_in_14_megabytes(model):
+    assert 6_000_000 < sum(parameter.numel() for parameter in model.parameters()) <= MAX_PARAMETERS
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -39,7 +39,7 @@ def test_layers_are_of_the_kinds_of_small(model):
         f"language.model.layers.{layer}.mlp.shared_experts.up_proj.weight" in keys
         for layer in range(language.num_hidden_layers)
     ]
-    assert has_router == has_shared == [False, True, True, True, True]  # the first layer is dense
+    assert has_router == has_shared == [False] + [True] * 5  # the first layer is dense
 
 
 def test_configuration_and_processor_fit_each_other(model, processor):

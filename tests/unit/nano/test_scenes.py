@@ -10,16 +10,27 @@ from PIL import Image, ImageChops
 from deepseek_vl2.nano.scenes import (
     COLOR_JITTER,
     COLORS,
+    HELD_OUT_WORDS,
+    LARGE_SIZES,
+    MARK_RGB,
     SHAPE_NAMES,
+    TEXT_RGB,
+    TRAIN_WORDS,
     WORDS,
     Background,
+    Line,
     ObjectPlan,
     Scene,
     SceneObject,
+    mark_object,
     place_objects,
     random_background,
+    random_number,
     random_scene,
     random_size,
+    random_word,
+    small_scene,
+    text_extent,
 )
 
 WHITE = Background("plain", (255, 255, 255), (255, 255, 255), True, 8)
@@ -64,12 +75,119 @@ def test_shape_has_its_colour_in_the_middle():
         assert picture.getpixel((40, 50)) == COLORS[color]
 
 
-def test_square_fills_its_box_exactly():
-    item = SceneObject("shape", "square", "red", (10.0, 20.0, 40.0, 44.0), (200, 0, 0))
+@pytest.mark.parametrize(("kind", "name"), [("shape", "square"), ("bar", "7")])
+def test_square_and_bar_fill_their_box_exactly(kind, name):
+    item = SceneObject(kind, name, "red", (10.0, 20.0, 40.0, 44.0), (200, 0, 0))
     for side in (100, 400):
         picture = Scene(side, side, WHITE, (item,)).draw()
         assert picture.getcolors(9) is not None
         assert sum(count for count, rgb in picture.getcolors(9) if rgb == (200, 0, 0)) == 30 * 24
+
+
+@pytest.mark.parametrize("side", [100, 400])
+def test_lines_lie_under_the_objects(side):
+    item = SceneObject("shape", "square", "red", (10.0, 20.0, 40.0, 44.0), (200, 0, 0))
+    line = Line((5.0, 30.0, 60.0, 32.0), (0, 0, 200))
+    picture = Scene(side, side, WHITE, (item,), (line,)).draw()
+    blue = {(x, y) for x in range(side) for y in range(side) if picture.getpixel((x, y)) == line.rgb}
+    assert blue == {(x, y) for x in (*range(5, 10), *range(40, 60)) for y in (30, 31)}
+
+
+@pytest.mark.parametrize("size", [(112, 112), (224, 160), (640, 480)])
+def test_mark_is_a_red_frame_around_its_object_alone(size):
+    for seed in range(12):
+        plain = random_scene(random.Random(seed), size=size, num_objects=(1, 1), text_probability=0)
+        picture, marked = (scene.draw() for scene in (plain, mark_object(random.Random(seed), plain)))
+        changed = ImageChops.difference(picture, marked).convert("L").point(lambda value: 255 if value else 0)
+        x1, y1, x2, y2 = (int(value) for value in plain.objects[0].box)
+        # Nothing of the object is painted over, and there is ground between the two.
+        assert changed.crop((x1 - 1, y1 - 1, x2 + 1, y2 + 1)).getbbox() is None
+        margin = 2 * max(2, round(min(size) / 80))
+        frame = (max(0, x1 - margin), max(0, y1 - margin), min(size[0], x2 + margin), min(size[1], y2 + margin))
+        assert changed.getbbox() == pytest.approx(frame, abs=1)
+        middle = ((x1 + x2) // 2, (y1 + y2) // 2)
+        if y1 >= margin:
+            assert marked.getpixel((middle[0], y1 - margin + 1)) == MARK_RGB
+        if x1 >= margin:
+            assert marked.getpixel((x1 - margin + 1, middle[1])) == MARK_RGB
+
+
+def test_only_shapes_are_marked():
+    marked = set()
+    for seed in range(60):
+        scene = random_scene(random.Random(seed), text_probability=0.8, num_objects=(2, 4))
+        found = mark_object(random.Random(seed), scene)
+        if scene.shapes:
+            assert scene.objects[found.marked].kind == "shape"
+            assert replace(found, marked=None) == scene
+            marked.add(found.marked)
+    assert len(marked) > 2
+    words = Scene(50, 50, WHITE, (SceneObject("word", "CAT", "dark", (5.0, 5.0, 40.0, 20.0), TEXT_RGB),))
+    assert mark_object(random.Random(0), words) == words
+
+
+def test_letters_are_where_their_ink_is():
+    """Words whose letters do not touch: the runs of columns with ink are the letters."""
+    num_compared = 0
+    for word in (*WORDS, "2", "47", "380", "9256"):
+        width, height = text_extent(word, 60, 600)
+        item = SceneObject("word", word, "dark", (20.0, 10.0, 20.0 + width, 10.0 + height), (0, 0, 0))
+        picture = Scene(width + 40, 400, WHITE, (item,)).draw().convert("L")
+        columns = picture.point(lambda value: 255 if value < 128 else 0).resize((width + 40, 1), Image.Resampling.BOX)
+        has_ink = [columns.getpixel((x, 0)) > 0 for x in range(width + 40)]
+        edges = [x for x in range(1, width + 40) if has_ink[x] != has_ink[x - 1]]
+        if len(edges) != 2 * len(word):
+            continue
+        num_compared += 1
+        middles = [(start + end) / 2 for start, end in zip(edges[::2], edges[1::2], strict=True)]
+        centers = item.letter_centers()
+        assert [x for x, _ in centers] == pytest.approx(middles, abs=0.12 * height)
+        assert {y for _, y in centers} == {10 + height / 2}
+    assert num_compared > 60
+
+
+def test_held_out_words_are_printed_on_request_only():
+    assert set(HELD_OUT_WORDS) | set(TRAIN_WORDS) == set(WORDS)
+    assert not set(HELD_OUT_WORDS) & set(TRAIN_WORDS)
+    assert len(HELD_OUT_WORDS) == pytest.approx(len(WORDS) / 5, abs=1)
+    drawn = [random_word(random.Random(seed)) for seed in range(3000)]
+    assert not set(drawn) & set(HELD_OUT_WORDS)
+    assert 0.4 < sum(word in TRAIN_WORDS for word in drawn) / 3000 < 0.6
+    assert {len(word) for word in drawn} == {3, 4, 5, 6} and all(word.isupper() for word in drawn)
+    assert {random_word(random.Random(seed), ["DOG", "COW"]) for seed in range(20)} == {"DOG", "COW"}
+    for seed in range(40):
+        scene = random_scene(random.Random(seed), text_probability=1, words=HELD_OUT_WORDS)
+        assert all(item.name in HELD_OUT_WORDS for item in scene.texts if item.kind == "word")
+
+
+def test_letters_that_make_no_word_make_no_held_out_one(monkeypatch):
+    """Of two-letter words over a small alphabet half are held out: chance would print them soon."""
+    held_out = ("AB", "BA")
+    for name, value in {"LETTERS": "AB", "WORD_LENGTHS": (2,), "HELD_OUT_WORDS": held_out}.items():
+        monkeypatch.setattr(f"deepseek_vl2.nano.scenes.{name}", value)
+    drawn = {random_word(random.Random(seed)) for seed in range(200)}
+    assert drawn - set(TRAIN_WORDS) == {"AA", "BB"}
+
+
+def test_numbers_have_one_to_four_digits():
+    numbers = [random_number(random.Random(seed)) for seed in range(400)]
+    assert {len(number) for number in numbers} == {1, 2, 3, 4}
+    assert all(str(int(number)) == number for number in numbers)
+
+
+def test_small_scenes():
+    """Also rounded to pixels, no side is above a twelfth of the picture's shorter side."""
+    sizes = set()
+    for seed in range(300):
+        scene = small_scene(random.Random(seed))
+        sizes.add(scene.size)
+        assert 1 <= len(scene.objects) <= 6 and not scene.texts
+        for item in scene.objects:
+            width, height = item.box[2] - item.box[0], item.box[3] - item.box[1]
+            assert 12 * max(width, height) <= min(scene.size)
+            assert 24 * min(width, height) > min(scene.size)
+    assert sizes == set(LARGE_SIZES)
+    assert small_scene(random.Random(0), size=(224, 224), num_objects=(3, 3)).size == (224, 224)
 
 
 def test_objects_stay_inside_and_apart():
@@ -152,7 +270,18 @@ def test_descriptions():
     assert SceneObject("shape", "circle", "red", box, (0, 0, 0)).description == "red circle"
     assert SceneObject("word", "CAT", "dark", box, (0, 0, 0)).description == "word CAT"
     assert SceneObject("number", "42", "dark", box, (0, 0, 0)).description == "number 42"
-    assert all(word.isupper() and 3 <= len(word) <= 6 for word in WORDS) and len(set(WORDS)) >= 60
+    assert SceneObject("bar", "7", "blue", box, (0, 0, 0)).description == "blue bar"
+    assert all(word.isupper() and 3 <= len(word) <= 6 for word in WORDS) and len(set(WORDS)) == len(WORDS) >= 180
+
+
+def test_kinds_of_objects():
+    box = (0.0, 0.0, 1.0, 1.0)
+    kinds = ("shape", "word", "number", "bar")
+    scene = Scene(9, 9, WHITE, tuple(SceneObject(kind, "1", "red", box, (0, 0, 0)) for kind in kinds))
+    assert [item.kind for item in scene.shapes] == ["shape"]
+    assert [item.kind for item in scene.texts] == ["word", "number"]
+    assert [item.kind for item in scene.bars] == ["bar"]
+    assert [item.is_text for item in scene.objects] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(
