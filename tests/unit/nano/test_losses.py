@@ -15,8 +15,6 @@ from deepseek_vl2.nano.layouts import COLUMN_NAMES, MAX_BAR, ROW_NAMES
 from deepseek_vl2.nano.losses import (
     ATTENTION_NAME,
     COORDINATE_WEIGHT,
-    NUM_POINTING_HEADS,
-    POINTING_LAYER,
     AnswerLoss,
     DenseHeads,
     NumberTargets,
@@ -34,6 +32,11 @@ VOCAB_SIZE = 1100
 # Ids in another order than the numbers, and not from 0: a mix-up of ids and numbers would show.
 NUMBER_IDS = [1050 - number for number in range(1000)]
 DET, END, WORD, OTHER_WORD, EOS = 1, 2, 3, 4, 5
+
+
+# Layers in which attention is told where to look, and how many heads of each.
+POINTING_LAYER, NUM_POINTING_HEADS = 3, 2
+HEADS = {POINTING_LAYER: NUM_POINTING_HEADS}
 
 
 @pytest.fixture(scope="module")
@@ -372,8 +375,8 @@ def pointing_loss(batch, attention):
     """The loss where each token of one row attends by `attention` [T] in all heads that point; the last one is free."""
     free = torch.rand(1, 1, NUM_TOKENS, NUM_TOKENS).softmax(dim=-1)
     pointing = attention.expand(1, NUM_POINTING_HEADS, NUM_TOKENS, -1)
-    loss = PointingLoss(batch)
-    loss.read(torch.cat((pointing, free), dim=1))
+    loss = PointingLoss(batch, HEADS)
+    loss.read(POINTING_LAYER, torch.cat((pointing, free), dim=1))
     return loss.value
 
 
@@ -412,8 +415,8 @@ def test_each_pointing_reads_its_own_row_and_token():
         shares=torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]),
         weights=torch.ones(2),
     )
-    loss = PointingLoss(only(cell_table=torch.tensor([[1, 2, 4, 5], [3, 4, 0, 0]]), pointings=pointings))
-    loss.read(attention)
+    loss = PointingLoss(only(cell_table=torch.tensor([[1, 2, 4, 5], [3, 4, 0, 0]]), pointings=pointings), HEADS)
+    loss.read(POINTING_LAYER, attention)
     first = attention[1, :NUM_POINTING_HEADS, 3]
     second = attention[0, :NUM_POINTING_HEADS, 5]
     found = torch.stack((first[:, 0], first[:, 4], second[:, 2], second[:, 1] + second[:, 5]))
@@ -431,28 +434,58 @@ def test_pointings_are_weighted():
     torch.testing.assert_close(found, expected)
 
 
+def test_tokens_name_their_picture_where_it_is_asked(targets):
+    """A head that reads the picture off the token loses nothing; without the numbers nothing is asked."""
+    cells = cells_with_objects()
+    torch.manual_seed(8)
+    heads, layer = DenseHeads(WIDTH, targets, knows_scene=True), random_layer()
+    num_cells = cells.object_ids.numel()
+    picture_ids = torch.arange(num_cells) % 3
+    tokens = torch.randn(num_cells, WIDTH)
+    tokens[:, :3] = 0
+    tokens[torch.arange(num_cells), picture_ids] = 30.0
+    with torch.no_grad():
+        heads.picture.weight.zero_()
+        heads.picture.weight[:, :3] = torch.eye(3)
+    assert heads(tokens, cells, layer, picture_ids)["dense_pictures"].item() == pytest.approx(0, abs=1e-4)
+    assert heads(tokens, cells, layer, (picture_ids + 1) % 3)["dense_pictures"] > 5
+    assert "dense_pictures" not in heads(tokens, cells, layer)
+
+
 def test_no_pointings_cost_nothing():
     batch = pointing_batch(shares=[], groups=[], positions=(), weights=())
     assert pointing_loss(batch, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)).item() == 0
 
 
-@pytest.mark.parametrize("layer", range(POINTING_LAYER - 1, POINTING_LAYER + 2))
-def test_attention_written_out_is_torchs_and_one_layer_is_read(layer):
+def test_layers_that_do_not_point_cost_nothing_and_others_are_averaged():
+    attention = torch.tensor([0.5, 0.1, 0.05, 0.15, 0.1, 0.1])
+    batch = pointing_batch([[0.0, 1.0, 0.0]], [[0, 1, 1, 0]])
+    alone = pointing_loss(batch, attention)
+    loss = PointingLoss(batch, {2: 1, 4: 3})
+    of_heads = torch.stack((attention, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS), attention))
+    layer = of_heads[None, :, None].expand(1, 3, NUM_TOKENS, -1)
+    for number in range(6):
+        loss.read(number, layer)
+    uniform = pointing_loss(batch, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
+    torch.testing.assert_close(loss.value, (alone + (2 * alone + uniform) / 3) / 2)
+
+
+def test_attention_written_out_is_torchs_and_is_read_with_its_layer():
     torch.manual_seed(7)
     query, key = torch.randn(2, 2, 3, NUM_TOKENS, 8)
     value = torch.randn(2, 3, NUM_TOKENS, 5)
     mask = torch.rand(2, 1, NUM_TOKENS, NUM_TOKENS) < 0.5
     mask[..., 0] = True
     read = []
-    pointing = SimpleNamespace(read=read.append)
-    module = SimpleNamespace(scaling=0.3, layer_idx=layer)
+    pointing = SimpleNamespace(read=lambda *values: read.append(values))
+    module = SimpleNamespace(scaling=0.3, layer_idx=5)
     found, _ = pointing_attention(module, query, key, value, mask, pointing=pointing)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2))
-    assert len(read) == (layer == POINTING_LAYER)
-    for weights in read:
-        torch.testing.assert_close(weights @ value, expected)
-        assert not weights[~mask.expand_as(weights)].any()
+    ((layer, weights),) = read
+    assert layer == 5
+    torch.testing.assert_close(weights @ value, expected)
+    assert not weights[~mask.expand_as(weights)].any()
     again, _ = pointing_attention(module, query, key, value, mask)
     assert torch.equal(again, found)
 
@@ -472,7 +505,7 @@ def test_the_attention_that_points_is_torchs_and_moves_one_layer():
     plain = model(**options).last_hidden_state
     model.set_attn_implementation(ATTENTION_NAME)
     torch.testing.assert_close(model(**options).last_hidden_state, plain)
-    pointing = PointingLoss(batch)
+    pointing = PointingLoss(batch, HEADS)
     torch.testing.assert_close(model(**options, pointing=pointing).last_hidden_state, plain)
     assert pointing.value > 0.5
     pointing.value.backward()

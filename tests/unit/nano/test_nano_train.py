@@ -25,7 +25,7 @@ LOSSES = {
     "answers": {f"dense_{name}" for name in OF_CELLS | {"text", "row_ids", "column_ids"}},
 }
 LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
-LOSSES["together"] = LOSSES["answers"]
+LOSSES["together"] = LOSSES["answers"] | {"dense_pictures"}
 
 
 class StoppedError(Exception):
