@@ -73,12 +73,15 @@ class Pointing(NamedTuple):
         position: The token, one before those that it is about.
         groups: For each group the cells that show the same thing, as indices into the cells of the row.
         shares: Part of the attention for the first token, then for each group. Sums to 1.
+        weight: Those of a question sum to 1.
+        is_about_one: Whether the token says something of one object.
     """
 
     position: int
     groups: list[list[int]]
     shares: list[float]
     weight: float
+    is_about_one: bool
 
 
 @dataclass
@@ -91,6 +94,8 @@ class Pointings:
         group_ids: Group of each cell of the row [P, C]; -1 for none.
         shares: [P, 1 + K], see `Pointing`.
         weights: [P]; those of a question sum to 1.
+        attended: Pointings that are about one object, [A].
+        attended_cells: A cell that shows that object, as a number among all cells of the batch, [A].
     """
 
     rows: torch.Tensor
@@ -98,6 +103,8 @@ class Pointings:
     group_ids: torch.Tensor
     shares: torch.Tensor
     weights: torch.Tensor
+    attended: torch.Tensor
+    attended_cells: torch.Tensor
 
 
 @dataclass
@@ -463,8 +470,12 @@ def encode_row(
             for place, (piece, offset) in enumerate(pieces, start=start):
                 found = row_cells.attended(piece, offset)
                 if found is not None:
-                    own.append((place, *found))
-            pointings += [Pointing(place, groups, shares, 1 / len(own)) for place, groups, shares in own]
+                    groups, shares = found
+                    own.append((place, groups, shares, piece.how == "objects" and len(groups) == 1))
+            pointings += [
+                Pointing(place, groups, shares, 1 / len(own), is_about_one)
+                for place, groups, shares, is_about_one in own
+            ]
             input_ids += asked + answer
             labels += [IGNORE_ID] * len(asked) + answer
             question_ids += [0] * len(asked) + [question] * len(answer)
@@ -536,11 +547,13 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> AnswerBatch:
         cell_rows=torch.tensor([number for number, row in enumerate(rows) for _ in row["cell_positions"]]),
         cell_positions=torch.tensor([position for row in rows for position in row["cell_positions"]]),
         cell_table=torch.tensor(tables),
-        pointings=_join_pointings([row["pointings"] for row in rows], num_cells),
+        pointings=_join_pointings(
+            [row["pointings"] for row in rows], [len(row["cell_positions"]) for row in rows], num_cells
+        ),
     )
 
 
-def _join_pointings(of_rows: Sequence[Sequence[Pointing]], num_cells: int) -> Pointings:
+def _join_pointings(of_rows: Sequence[Sequence[Pointing]], cells_of_rows: Sequence[int], num_cells: int) -> Pointings:
     """Joins the pointings of rows; those of fewer groups get shares of 0."""
     joined = [pointing for pointings in of_rows for pointing in pointings]
     shares = torch.zeros(len(joined), max((len(own.shares) for own in joined), default=1))
@@ -550,10 +563,16 @@ def _join_pointings(of_rows: Sequence[Sequence[Pointing]], num_cells: int) -> Po
         for group, cells in enumerate(own.groups):
             group_ids[number, cells] = group
     rows = [row for row, pointings in enumerate(of_rows) for _ in pointings]
+    first_cells = np.cumsum([0, *cells_of_rows]).tolist()
+    attended = [number for number, own in enumerate(joined) if own.is_about_one]
     return Pointings(
         rows=torch.tensor(rows, dtype=torch.long),
         positions=torch.tensor([own.position for own in joined], dtype=torch.long),
         group_ids=group_ids,
         shares=shares,
         weights=torch.tensor([own.weight for own in joined]),
+        attended=torch.tensor(attended, dtype=torch.long),
+        attended_cells=torch.tensor(
+            [first_cells[rows[number]] + joined[number].groups[0][0] for number in attended], dtype=torch.long
+        ),
     )

@@ -1,7 +1,7 @@
 """What nano learns from: answers, and what each image token sees."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from deepseek_vl2.serve.grounding import COORDINATE_MAX
 COORDINATE_WEIGHT = 4.0
 # After this layer image tokens should know their whole object; later ones look for what is asked for.
 READING_LAYER = 2
+# After this layer a token that has attended to an object should know what it is.
+ATTENDED_LAYER = 4
 ATTENTION_NAME = "nano_pointing"
 
 
@@ -115,32 +117,49 @@ def question_weights(questions: torch.Tensor, is_coordinate: torch.Tensor) -> to
     return weights / (sums[questions] * (sums > 0).sum())
 
 
-class DenseHeads(nn.Module):
-    """Reads off each image token what it sees, see `Cells`. Only for training.
+# What heads can read off a token, by the name in `Cells`, and how many values it has.
+CATEGORY_SIZES = {
+    "class_ids": len(CELL_CLASSES) + 1,
+    "color_ids": len(COLOR_NAMES),
+    "bar_values": MAX_BAR + 1,
+    "row_ids": len(ROW_NAMES),
+    "column_ids": len(COLUMN_NAMES),
+}
+SIGN_COUNTS = {"letters": MAX_LETTERS_A_CELL, "text": MAX_TEXT_LENGTH}
 
-    Every token of every view is told its part this way, where answers alone tell little about single tokens. Boxes are
-    read through the language model's own rows for numbers, in which it will have to write them.
+
+class DenseHeads(nn.Module):
+    """Reads off tokens of the model what they see, see `Cells`. Only for training.
+
+    Every image token is told its part this way, where answers alone tell little about single tokens; and so are tokens
+    of answers that have just attended to an object. Boxes are read through the language model's own rows for numbers,
+    in which it will have to write them.
 
     Args:
         width: D.
         targets: Targets of coordinates.
-        knows_scene: Whether tokens have seen the whole picture; then they also name the place of letters in their text,
-            and the row and column of a table.
+        categories: Which of `CATEGORY_SIZES` are read.
+        signs: Which of `SIGN_COUNTS` are read.
+        flags: Which flags of `Cells` are read.
+        names_pictures: Whether tokens can say which of several pictures they belong to.
     """
 
-    def __init__(self, width: int, targets: NumberTargets, knows_scene: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        targets: NumberTargets,
+        categories: Sequence[str],
+        signs: Sequence[str] = (),
+        flags: Sequence[str] = (),
+        names_pictures: bool = False,
+    ) -> None:
         super().__init__()
         self.targets = targets
-        sizes = {"class_ids": len(CELL_CLASSES) + 1, "color_ids": len(COLOR_NAMES), "bar_values": MAX_BAR + 1}
-        signs = {"letters": MAX_LETTERS_A_CELL}
-        if knows_scene:
-            sizes |= {"row_ids": len(ROW_NAMES), "column_ids": len(COLUMN_NAMES)}
-            signs = {"text": MAX_TEXT_LENGTH}
-        self.categories = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-        self.signs = nn.ModuleDict({name: nn.Linear(width, size * (len(SIGNS) + 1)) for name, size in signs.items()})
-        self.flags = nn.ModuleDict({name: nn.Linear(width, 1) for name in ("is_center", "is_marked")})
+        self.categories = nn.ModuleDict({name: nn.Linear(width, CATEGORY_SIZES[name]) for name in categories})
+        self.signs = nn.ModuleDict({name: nn.Linear(width, SIGN_COUNTS[name] * (len(SIGNS) + 1)) for name in signs})
+        self.flags = nn.ModuleDict({name: nn.Linear(width, 1) for name in flags})
         self.box = nn.Linear(width, 4 * width)
-        self.picture = nn.Linear(width, NUM_COMPARED) if knows_scene else None
+        self.picture = nn.Linear(width, NUM_COMPARED) if names_pictures else None
 
     def forward(
         self,
@@ -159,34 +178,32 @@ class DenseHeads(nn.Module):
         """
         is_object = (cells.object_ids >= 0).flatten()
         of_objects = tokens[is_object]
-        losses = {}
+        losses: dict[str, torch.Tensor] = {}
         for name, head in self.categories.items():
             ids = getattr(cells, name).flatten()
             if name == "class_ids":
                 ids = ids.where(ids >= 0, len(CELL_CLASSES))
             is_asked = ids >= 0
-            losses[f"dense_{name}"] = _mean(
-                F.cross_entropy(head(tokens[is_asked]).float(), ids[is_asked], reduction="none")
-            )
+            losses[name] = _mean(F.cross_entropy(head(tokens[is_asked]).float(), ids[is_asked], reduction="none"))
         for name, head in self.signs.items():
             ids = getattr(cells, name).flatten(0, -2)
             has_letters = (ids >= 0).any(dim=1)
             wanted = ids[has_letters]
             read = head(tokens[has_letters]).float().unflatten(-1, (-1, len(SIGNS) + 1)).flatten(0, 1)
             wanted = wanted.where(wanted >= 0, len(SIGNS)).flatten()
-            losses[f"dense_{name}"] = _mean(F.cross_entropy(read, wanted, reduction="none"))
+            losses[name] = _mean(F.cross_entropy(read, wanted, reduction="none"))
         for name, head in self.flags.items():
             flags = getattr(cells, name).flatten()[is_object].float()
             found = F.binary_cross_entropy_with_logits(head(of_objects)[:, 0].float(), flags, reduction="none")
             # Flags are rare: those that are set and those that are not weigh the same.
-            losses[f"dense_{name}"] = (_mean(found[flags == 1]) + _mean(found[flags == 0])) / 2
+            losses[name] = (_mean(found[flags == 1]) + _mean(found[flags == 0])) / 2
         numbers = (cells.boxes.flatten(0, -2)[is_object].clamp(0, 1) * COORDINATE_MAX).round().long().flatten()
         rows = F.normalize(output_layer.weight[self.targets.number_ids].float(), dim=-1)
         read = self.box(of_objects).unflatten(-1, (4, -1)).flatten(0, 1)
         log_probabilities = (read.float() @ rows.T).log_softmax(dim=-1)
-        losses["dense_boxes"] = _mean(self.targets.divergence(log_probabilities, numbers))
+        losses["boxes"] = _mean(self.targets.divergence(log_probabilities, numbers))
         if self.picture is not None and picture_ids is not None:
-            losses["dense_pictures"] = F.cross_entropy(self.picture(tokens).float(), picture_ids)
+            losses["pictures"] = F.cross_entropy(self.picture(tokens).float(), picture_ids)
         return losses
 
 

@@ -55,6 +55,11 @@ class Cells:
     text: torch.Tensor
     boxes: torch.Tensor
 
+    def at(self, cell_ids: torch.Tensor) -> "Cells":
+        """Single cells by their number among all, [N, 1, 1]."""
+        flat = {field.name: getattr(self, field.name).flatten(0, 2)[cell_ids] for field in fields(self)}
+        return Cells(**{name: values[:, None, None] for name, values in flat.items()})
+
     def chosen(self, views: Sequence[int]) -> "Cells":
         """Those of some views."""
         return Cells(*(getattr(self, field.name)[views] for field in fields(self)))

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import SHAPE_QUESTIONS, AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
 from deepseek_vl2.nano.losses import (
+    ATTENDED_LAYER,
     ATTENTION_NAME,
     READING_LAYER,
     AnswerLoss,
@@ -31,6 +33,9 @@ from deepseek_vl2.nano.tokenizer import number_token_ids
 
 logger = logging.getLogger(__name__)
 
+OF_OBJECTS = ("class_ids", "color_ids", "bar_values")
+OF_TABLES = ("row_ids", "column_ids")
+FLAGS = ("is_center", "is_marked")
 STAGES = ("views", "answers", "together")
 LOG_EVERY = 20
 
@@ -51,6 +56,7 @@ class StageSettings:
         last_small_share: How often a picture has one tile only after that.
         count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
         names_pictures: Whether image tokens are told which of several pictures they belong to.
+        reads_attended: Whether tokens are told what the object is that they attend to.
         pointing_heads: Layers of the language model and how many of their heads are told where to look.
     """
 
@@ -65,6 +71,7 @@ class StageSettings:
     last_small_share: float = 0.15
     count_weight: float = SHAPE_QUESTIONS[make_count]
     names_pictures: bool = False
+    reads_attended: bool = False
     pointing_heads: tuple[tuple[int, int], ...] = ((3, 2),)
 
     def lr_factor(self, batch: int) -> float:
@@ -83,7 +90,7 @@ class TrainingSettings:
         answers: Projector and language model learn answers, the tower is fixed.
         together: Everything learns answers.
         tokens_a_row: Tokens of questions and answers of each row.
-        dense_weight: Weight of the loss on what each image token sees, beside that of answers.
+        dense_weight: Weight of the losses on what tokens see, beside that of answers.
         pointing_weight: Weight of the loss on where attention goes.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
         weight_decay: Of matrices.
@@ -110,6 +117,7 @@ class TrainingSettings:
             last_small_share=0.35,
             count_weight=64.0,
             names_pictures=True,
+            reads_attended=True,
             pointing_heads=((3, 4), (4, 4)),
         )
     )
@@ -135,6 +143,10 @@ class TrainingSettings:
         )
 
 
+def _prefixed(prefix: str, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}_{name}": loss for name, loss in losses.items()}
+
+
 class NanoTrainer:
     """State of a training run: model, heads, stage, position.
 
@@ -156,13 +168,15 @@ class NanoTrainer:
         width = self.model.config.projector_config.n_embed
         self.heads = nn.ModuleDict(
             {
-                "views": DenseHeads(width, targets, knows_scene=False),
-                "scenes": DenseHeads(width, targets, knows_scene=True),
+                "views": DenseHeads(width, targets, OF_OBJECTS, ["letters"], FLAGS),
+                "scenes": DenseHeads(width, targets, (*OF_OBJECTS, *OF_TABLES), ["text"], FLAGS, names_pictures=True),
+                "attended": DenseHeads(width, targets, OF_OBJECTS),
             }
         )
         self.model.language.set_attn_implementation(ATTENTION_NAME)
-        self.read_states: torch.Tensor | None = None
-        self.model.language.model.layers[READING_LAYER].register_forward_hook(self._keep_states)
+        self.states: dict[int, torch.Tensor] = {}
+        for layer in (READING_LAYER, ATTENDED_LAYER):
+            self.model.language.model.layers[layer].register_forward_hook(partial(self._keep_states, layer))
         self.stage_index = 0
         self.next_batch = 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -177,8 +191,8 @@ class NanoTrainer:
         """Numbers of the present stage."""
         return getattr(self.settings, self.stage)
 
-    def _keep_states(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.read_states = output
+    def _keep_states(self, layer: int, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.states[layer] = output
 
     def _enter_stage(self) -> None:
         """Sets what learns, with fresh optimisers."""
@@ -208,7 +222,7 @@ class NanoTrainer:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if isinstance(batch, ViewBatch):
                 tokens = self.model.projector(self.model.vision(batch.views))
-                return self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer)
+                return _prefixed("dense", self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer))
             pointing = PointingLoss(batch, dict(self.stage_settings.pointing_heads))
             hidden = self.model.language.model(
                 inputs_embeds=self.model.prepare_inputs_embeds(
@@ -219,13 +233,22 @@ class NanoTrainer:
                 use_cache=False,
                 pointing=pointing,
             ).last_hidden_state
-            of_cells: Any = self.read_states[batch.cell_rows, batch.cell_positions]  # type: ignore[index]
+            of_cells = self.states[READING_LAYER][batch.cell_rows, batch.cell_positions]
             picture_ids = batch.picture_ids if self.stage_settings.names_pictures else None
             dense = self.heads["scenes"](of_cells, batch.cells, output_layer, picture_ids)
-            return self.answer_loss(hidden, output_layer, batch) | dense | {"pointing": pointing.value}
+            losses = self.answer_loss(hidden, output_layer, batch) | _prefixed("dense", dense)
+            losses |= {"pointing": pointing.value}
+            if not self.stage_settings.reads_attended:
+                return losses
+            pointings = batch.pointings
+            places = pointings.rows[pointings.attended], pointings.positions[pointings.attended]
+            of_tokens = self.states[ATTENDED_LAYER][places]
+            attended = self.heads["attended"](of_tokens, batch.cells.at(pointings.attended_cells), output_layer)
+            return losses | _prefixed("attended", attended)
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        dense = sum((loss for name, loss in losses.items() if name.startswith("dense_")), torch.zeros(()))
+        read = [loss for name, loss in losses.items() if name.startswith(("dense_", "attended_"))]
+        dense = sum(read, torch.zeros(()))
         if "answer" not in losses:
             return dense
         settings = self.settings

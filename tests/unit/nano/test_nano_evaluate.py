@@ -20,7 +20,8 @@ from deepseek_vl2.nano.evaluate import (
     write_examples,
 )
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
-from deepseek_vl2.train.data import ConversationEncoder, read_samples as read_training_samples
+from deepseek_vl2.train.data import ConversationEncoder
+from deepseek_vl2.train.data import read_samples as read_training_samples
 
 NUM_EXAMPLES = 12
 
