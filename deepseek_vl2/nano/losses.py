@@ -24,6 +24,9 @@ COORDINATE_WEIGHT = 4.0
 READING_LAYER = 2
 # After this layer a token that has attended to an object should know what it is.
 ATTENDED_LAYER = 4
+# Layers whose first heads are told where to look, and how many of them. Two heads of one layer find the object, too,
+# but carry too little of it for four coordinates.
+POINTING_HEADS = {3: 4, 4: 4}
 ATTENTION_NAME = "nano_pointing"
 
 
@@ -218,7 +221,7 @@ class PointingLoss:
         heads: How many heads of which layers point, the first ones of each.
     """
 
-    def __init__(self, batch: AnswerBatch, heads: Mapping[int, int]) -> None:
+    def __init__(self, batch: AnswerBatch, heads: Mapping[int, int] = POINTING_HEADS) -> None:
         self.batch = batch
         self.heads = heads
         self._of_layers: list[torch.Tensor] = []

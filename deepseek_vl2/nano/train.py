@@ -55,9 +55,6 @@ class StageSettings:
         growing_share: Part of the stage, at its start, over which scenes and pictures grow.
         last_small_share: How often a picture has one tile only after that.
         count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
-        names_pictures: Whether image tokens are told which of several pictures they belong to.
-        reads_attended: Whether tokens are told what the object is that they attend to.
-        pointing_heads: Layers of the language model and how many of their heads are told where to look.
     """
 
     num_batches: int
@@ -70,9 +67,6 @@ class StageSettings:
     growing_share: float = 0.0
     last_small_share: float = 0.15
     count_weight: float = SHAPE_QUESTIONS[make_count]
-    names_pictures: bool = False
-    reads_attended: bool = False
-    pointing_heads: tuple[tuple[int, int], ...] = ((3, 2),)
 
     def lr_factor(self, batch: int) -> float:
         """Factor on both steps: linear growth, a plateau, linear decay."""
@@ -102,23 +96,11 @@ class TrainingSettings:
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
     answers: StageSettings = field(
-        default_factory=lambda: StageSettings(
-            900, 32, 3e-3, 2e-3, warmup_share=0.0345 / 0.9, last_factor=1.0, growing_share=0.575 / 0.9
-        )
+        default_factory=lambda: StageSettings(1000, 32, 3e-3, 2e-3, last_factor=1.0, growing_share=0.5)
     )
-    # Two heads of one layer find the object, but carry too little of it for four coordinates.
     together: StageSettings = field(
         default_factory=lambda: StageSettings(
-            1280,
-            32,
-            2.4e-3,
-            1.6e-3,
-            decay_share=0.85,
-            last_small_share=0.35,
-            count_weight=64.0,
-            names_pictures=True,
-            reads_attended=True,
-            pointing_heads=((3, 4), (4, 4)),
+            2000, 32, 2.4e-3, 1.6e-3, decay_share=0.85, last_small_share=0.35, count_weight=64.0
         )
     )
     tokens_a_row: int = 128
@@ -223,7 +205,7 @@ class NanoTrainer:
             if isinstance(batch, ViewBatch):
                 tokens = self.model.projector(self.model.vision(batch.views))
                 return _prefixed("dense", self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer))
-            pointing = PointingLoss(batch, dict(self.stage_settings.pointing_heads))
+            pointing = PointingLoss(batch)
             hidden = self.model.language.model(
                 inputs_embeds=self.model.prepare_inputs_embeds(
                     batch.input_ids, batch.images, batch.images_seq_mask, batch.images_spatial_crop
@@ -234,12 +216,9 @@ class NanoTrainer:
                 pointing=pointing,
             ).last_hidden_state
             of_cells = self.states[READING_LAYER][batch.cell_rows, batch.cell_positions]
-            picture_ids = batch.picture_ids if self.stage_settings.names_pictures else None
-            dense = self.heads["scenes"](of_cells, batch.cells, output_layer, picture_ids)
+            dense = self.heads["scenes"](of_cells, batch.cells, output_layer, batch.picture_ids)
             losses = self.answer_loss(hidden, output_layer, batch) | _prefixed("dense", dense)
             losses |= {"pointing": pointing.value}
-            if not self.stage_settings.reads_attended:
-                return losses
             pointings = batch.pointings
             places = pointings.rows[pointings.attended], pointings.positions[pointings.attended]
             of_tokens = self.states[ATTENDED_LAYER][places]
