@@ -33,8 +33,10 @@ from deepseek_vl2.nano.tokenizer import number_token_ids
 
 logger = logging.getLogger(__name__)
 
-OF_OBJECTS = ("class_ids", "color_ids", "bar_values")
-OF_TABLES = ("row_ids", "column_ids")
+# What heads read off tokens of answers, of views, and of whole pictures.
+OF_OBJECTS = ("class_ids", "color_ids")
+OF_VIEWS = (*OF_OBJECTS, "bar_values")
+OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids")
 FLAGS = ("is_center", "is_marked")
 STAGES = ("views", "answers", "together")
 LOG_EVERY = 20
@@ -150,8 +152,8 @@ class NanoTrainer:
         width = self.model.config.projector_config.n_embed
         self.heads = nn.ModuleDict(
             {
-                "views": DenseHeads(width, targets, OF_OBJECTS, ["letters"], FLAGS),
-                "scenes": DenseHeads(width, targets, (*OF_OBJECTS, *OF_TABLES), ["text"], FLAGS, names_pictures=True),
+                "views": DenseHeads(width, targets, OF_VIEWS, ["letters"], FLAGS),
+                "scenes": DenseHeads(width, targets, OF_SCENES, ["text"], FLAGS, names_pictures=True),
                 "attended": DenseHeads(width, targets, OF_OBJECTS),
             }
         )

@@ -505,6 +505,13 @@ def test_pointings_go_from_the_token_before(processor):
     assert (answers != IGNORE_ID).all()
     numbers = [str(value) for value in quantize_box(TWO_CIRCLES.objects[2].box, TWO_CIRCLES.size)]
     assert [processor.decode([token]) for token in answers[:9].tolist()] == ["2", "0", *numbers, *"CAT"]
+    # Coordinates are about one object; what it is can be read off a cell of their own row's picture.
+    assert pointings.attended.tolist() == [2, 3, 4, 5, 11, 12, 13, 14]
+    assert batch.cells.object_ids.flatten()[pointings.attended_cells].tolist() == [2] * 8
+    assert torch.equal(batch.cell_rows[pointings.attended_cells], pointings.rows[pointings.attended])
+    attended = batch.cells.at(pointings.attended_cells)
+    assert attended.boxes.shape == (8, 1, 1, 4)
+    torch.testing.assert_close(attended.boxes[5, 0, 0], torch.tensor(TWO_CIRCLES.objects[2].box) / 224)
     assert located(2).answer == format_grounding("it", [TWO_CIRCLES.objects[2]], TWO_CIRCLES)
     is_cell = torch.zeros_like(batch.images_seq_mask).scatter_(1, batch.cell_table, True)
     assert is_cell.sum(dim=1).tolist() == [5 * 16] * 2
@@ -518,6 +525,15 @@ def test_nothing_is_pointed_at_where_no_image_token_sees_it(processor):
     for how, targets in (("objects", (Target(0, 0),)), ("count", (Target(0, 0), Target(0, 1)))):
         example = Example("told", "?", (Piece("2", targets, how),), (), (scene,))
         assert encode_row(processor, [scene], [example], MANY_TOKENS)["pointings"] == []
+
+
+def test_cells_know_which_picture_they_belong_to(processor):
+    rng = split_rng("test-pictures", 0)
+    scenes = compared_scenes(rng, sizes=[(112, 112)] * 3)
+    row = encode_row(processor, scenes, [], MANY_TOKENS)
+    batch = collate([row, row], processor.pad_id)
+    assert batch.picture_ids.tolist() == ([0] * 32 + [1] * 32 + [2] * 32) * 2
+    assert batch.picture_ids.shape == batch.cell_rows.shape == batch.cell_positions.shape
 
 
 def test_a_row_without_pointings_beside_one_with(processor):

@@ -37,6 +37,7 @@ DET, END, WORD, OTHER_WORD, EOS = 1, 2, 3, 4, 5
 # Layers in which attention is told where to look, and how many heads of each.
 POINTING_LAYER, NUM_POINTING_HEADS = 3, 2
 HEADS = {POINTING_LAYER: NUM_POINTING_HEADS}
+NOTHING_ATTENDED = {"attended": torch.empty(0), "attended_cells": torch.empty(0)}
 
 
 @pytest.fixture(scope="module")
@@ -230,10 +231,17 @@ READ = {
 }
 
 
+def heads_of(width, targets, knows_scene):
+    """Heads of scenes or of views, as in training; only tokens of scenes can name their picture."""
+    categories = [*CATEGORIES, *(OF_SCENES if knows_scene else ())]
+    signs, flags = ["text" if knows_scene else "letters"], ["is_center", "is_marked"]
+    return DenseHeads(width, targets, categories, signs, flags, names_pictures=knows_scene)
+
+
 def perfect_heads(cells, targets, knows_scene):
     """Heads and tokens that say of each cell just what it sees: tokens are one-hot by cell."""
     width = cells.class_ids.numel()
-    heads = DenseHeads(width, targets, knows_scene)
+    heads = heads_of(width, targets, knows_scene)
     sharp, every = 30.0, torch.arange(width)
     with torch.no_grad():
         for head in (*heads.categories.values(), *heads.signs.values(), *heads.flags.values()):
@@ -259,22 +267,22 @@ def test_perfect_heads_lose_nothing(targets, knows_scene):
     heads, tokens = perfect_heads(cells, targets, knows_scene)
     layer = nn.Linear(tokens.shape[-1], VOCAB_SIZE, bias=False)
     losses = heads(tokens, cells, layer)
-    assert set(losses) == {f"dense_{name}" for name in READ[knows_scene] | {"boxes"}}
+    assert set(losses) == READ[knows_scene] | {"boxes"}
     for name in READ[knows_scene]:
-        assert losses[f"dense_{name}"].item() == pytest.approx(0, abs=1e-5), name
+        assert losses[name].item() == pytest.approx(0, abs=1e-5), name
         other = getattr(cells, name)
         other = ~other if other.dtype == torch.bool else other.where(other < 0, (other - 1).clamp(min=0))
         wrong = heads(tokens, replace(cells, **{name: other}), layer)
-        assert wrong[f"dense_{name}"] > 5, name
+        assert wrong[name] > 5, name
         # Each is read by a head of its own.
-        assert {own for own in losses if wrong[own] != losses[own]} == {f"dense_{name}"}
+        assert {own for own in losses if wrong[own] != losses[own]} == {name}
 
 
 def test_heads_are_as_wide_as_what_they_read(targets):
-    heads = DenseHeads(WIDTH, targets, knows_scene=True)
+    heads = heads_of(WIDTH, targets, True)
     assert {name: head.out_features for name, head in heads.categories.items()} == CATEGORIES | OF_SCENES
     assert {name: head.out_features for name, head in heads.signs.items()} == {"text": 6 * 37}
-    views = DenseHeads(WIDTH, targets, knows_scene=False)
+    views = heads_of(WIDTH, targets, False)
     assert {name: head.out_features for name, head in views.categories.items()} == CATEGORIES
     assert {name: head.out_features for name, head in views.signs.items()} == {"letters": 4 * 37}
 
@@ -285,10 +293,10 @@ def test_rare_flags_weigh_as_much_as_common_ones(targets, num_cells):
     one = cells_with_objects().chosen([0])
     cells = Cells(*(getattr(one, field.name)[:, :1, :1].repeat_interleave(num_cells, 1) for field in fields(Cells)))
     cells.is_marked[0, 1:] = False
-    heads = DenseHeads(WIDTH, targets, knows_scene=False)
+    heads = heads_of(WIDTH, targets, False)
     with torch.no_grad():
         heads.flags["is_marked"].weight.zero_(), heads.flags["is_marked"].bias.fill_(8.0)
-    loss = heads(torch.randn(num_cells, WIDTH), cells, random_layer())["dense_is_marked"]
+    loss = heads(torch.randn(num_cells, WIDTH), cells, random_layer())["is_marked"]
     assert loss.item() == pytest.approx(8 / 2, abs=0.01)
 
 
@@ -296,7 +304,7 @@ def test_boxes_are_read_through_the_rows_of_numbers(targets):
     """A head that points at each number's own row reaches 0: x1, y1, x2, y2 in order, cut at 0 and 1."""
     cells = cells_with_objects()
     width = 8
-    heads = DenseHeads(width, targets, knows_scene=False)
+    heads = heads_of(width, targets, False)
     layer = nn.Linear(width, VOCAB_SIZE, bias=False)
     numbers = torch.arange(1000.0)
     # Normalised rows on a circle; a long vector in the same direction gives a bell around its number.
@@ -315,10 +323,10 @@ def test_boxes_are_read_through_the_rows_of_numbers(targets):
         tokens = torch.zeros(8, width)
         tokens[is_object] = torch.eye(width)[:3]
         heads.box.weight[:, :3] = directions.flatten(1).T
-    right = heads(tokens, cells, layer)["dense_boxes"]
+    right = heads(tokens, cells, layer)["boxes"]
     assert right.item() == pytest.approx(0, abs=0.02)
     swapped = replace(cells, boxes=cells.boxes[..., [1, 0, 3, 2]])
-    assert heads(tokens, swapped, layer)["dense_boxes"] > 10
+    assert heads(tokens, swapped, layer)["boxes"] > 10
 
 
 @pytest.mark.parametrize("has_objects", [True, False])
@@ -331,14 +339,16 @@ def test_gradients_of_dense_heads_are_finite(targets, has_objects, knows_scene):
         nothing = {torch.bool: False, torch.float32: 0.0}
         cells = Cells(**{name: torch.full_like(part, nothing.get(part.dtype, -1)) for name, part in parts.items()})
     torch.manual_seed(2)
-    heads, layer = DenseHeads(WIDTH, targets, knows_scene), random_layer()
+    heads, layer = heads_of(WIDTH, targets, knows_scene), random_layer()
     tokens = torch.randn(8, WIDTH, requires_grad=True)
-    losses = heads(tokens, cells, layer)
+    picture_ids = torch.arange(8) % 3 if knows_scene else None
+    losses = heads(tokens, cells, layer, picture_ids)
     sum(losses.values()).backward()
     for name, parameter in (*heads.named_parameters(), ("layer", layer.weight), ("tokens", tokens)):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    # That a cell sees nothing is the one thing to learn from an empty picture.
-    assert {name for name, loss in losses.items() if loss > 0} == (set(losses) if has_objects else {"dense_class_ids"})
+    # That cells see nothing, and of which picture they are, is what there is to learn from empty pictures.
+    always = {"class_ids"} | ({"pictures"} if knows_scene else set())
+    assert {name for name, loss in losses.items() if loss > 0} == (set(losses) if has_objects else always)
     assert tokens.grad.abs().sum() > 0
 
 
@@ -347,7 +357,7 @@ def test_only_cells_that_see_something_of_a_kind_learn_it(targets, name):
     """Words have no colour, triangles no letters."""
     cells = cells_with_objects()
     tokens = torch.randn(8, WIDTH, requires_grad=True)
-    DenseHeads(WIDTH, targets, knows_scene=True)(tokens, cells, random_layer())[f"dense_{name}"].backward()
+    heads_of(WIDTH, targets, True)(tokens, cells, random_layer())[name].backward()
     of_objects = {"is_marked": cells.object_ids, "boxes": cells.object_ids, "text": cells.text.amax(dim=-1)}
     is_seen = of_objects.get(name, getattr(cells, name)).flatten() >= 0
     assert (tokens.grad.abs().sum(dim=-1) > 0).tolist() == is_seen.tolist()
@@ -367,6 +377,7 @@ def pointing_batch(shares, groups, positions=(5,), weights=(1.0,)):
         group_ids=torch.tensor(groups, dtype=torch.long).view(num_pointings, 4),
         shares=torch.tensor(shares).view(num_pointings, -1) if num_pointings else torch.zeros(0, 1),
         weights=torch.tensor(weights),
+        **NOTHING_ATTENDED,
     )
     return only(cell_table=torch.tensor([CELL_POSITIONS]), pointings=pointings)
 
@@ -414,6 +425,7 @@ def test_each_pointing_reads_its_own_row_and_token():
         group_ids=torch.tensor([[NO_GROUP, 0, NO_GROUP, NO_GROUP], [1, 0, NO_GROUP, 1]]),
         shares=torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]),
         weights=torch.ones(2),
+        **NOTHING_ATTENDED,
     )
     loss = PointingLoss(only(cell_table=torch.tensor([[1, 2, 4, 5], [3, 4, 0, 0]]), pointings=pointings), HEADS)
     loss.read(POINTING_LAYER, attention)
@@ -438,7 +450,7 @@ def test_tokens_name_their_picture_where_it_is_asked(targets):
     """A head that reads the picture off the token loses nothing; without the numbers nothing is asked."""
     cells = cells_with_objects()
     torch.manual_seed(8)
-    heads, layer = DenseHeads(WIDTH, targets, knows_scene=True), random_layer()
+    heads, layer = heads_of(WIDTH, targets, True), random_layer()
     num_cells = cells.object_ids.numel()
     picture_ids = torch.arange(num_cells) % 3
     tokens = torch.randn(num_cells, WIDTH)
@@ -447,9 +459,9 @@ def test_tokens_name_their_picture_where_it_is_asked(targets):
     with torch.no_grad():
         heads.picture.weight.zero_()
         heads.picture.weight[:, :3] = torch.eye(3)
-    assert heads(tokens, cells, layer, picture_ids)["dense_pictures"].item() == pytest.approx(0, abs=1e-4)
-    assert heads(tokens, cells, layer, (picture_ids + 1) % 3)["dense_pictures"] > 5
-    assert "dense_pictures" not in heads(tokens, cells, layer)
+    assert heads(tokens, cells, layer, picture_ids)["pictures"].item() == pytest.approx(0, abs=1e-4)
+    assert heads(tokens, cells, layer, (picture_ids + 1) % 3)["pictures"] > 5
+    assert "pictures" not in heads(tokens, cells, layer)
 
 
 def test_no_pointings_cost_nothing():

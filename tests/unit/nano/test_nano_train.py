@@ -25,7 +25,9 @@ LOSSES = {
     "answers": {f"dense_{name}" for name in OF_CELLS | {"text", "row_ids", "column_ids"}},
 }
 LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
-LOSSES["together"] = LOSSES["answers"] | {"dense_pictures"}
+LOSSES["answers"] |= {"dense_pictures"}
+LOSSES["answers"] |= {f"attended_{name}" for name in ("class_ids", "color_ids", "boxes")}
+LOSSES["together"] = LOSSES["answers"]
 
 
 class StoppedError(Exception):
