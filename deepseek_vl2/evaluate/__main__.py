@@ -47,6 +47,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="default: 1")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=f"default: {MAX_NEW_TOKENS}")
     parser.add_argument("--chunk_size", type=int, default=-1, help="tokens to prefill at once; default -1: all")
+    parser.add_argument(
+        "--no_tiling", "--no-tiling", action="store_true", help="show pictures in one view only, to see what tiles add"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     parser.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
     parser.add_argument("--num_examples", type=int, default=60, help="in the report, the worst first; default: 60")
@@ -79,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     begin_or_resume(options.output, settings)
     loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
-    asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size)
+    asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
     results = {"task": options.task, "metric": task.metric, **summarize_run(records)}
@@ -108,6 +111,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
         "chunk_size": options.chunk_size,
+        "no_tiling": options.no_tiling,
         "device": resolve_device(options.device).type,
         "dtype": options.dtype,
         "version": __version__,

@@ -1,5 +1,6 @@
 """Asks the model: samples in batches, greedily; every answer is judged and written at once."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +27,18 @@ class Asker:
         task: how samples are asked and judged.
         max_new_tokens: most tokens of an answer.
         chunk_size: tokens to prefill at once, -1 for all.
+        use_tiling: whether pictures are cut into tiles. Without, each is its global view and one tile of the same size.
     """
 
-    def __init__(self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1) -> None:
+    def __init__(
+        self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1, use_tiling: bool = True
+    ) -> None:
         self.model: DeepseekVLV2ForCausalLM = loaded.model
         self.processor: DeepseekVLV2Processor = loaded.processor
+        if not use_tiling:
+            self.processor = copy.copy(loaded.processor)
+            # The first is one view, see `DeepseekVLV2Processor`.
+            self.processor.candidate_resolutions = loaded.processor.candidate_resolutions[:1]
         self.task = task
         self.max_new_tokens = max_new_tokens
         self.chunk_size = chunk_size
