@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,21 @@ def test_questions_without_room_are_found_before_the_first_is_asked(loaded, samp
     (problem,) = find_too_long(asker(loaded), [*samples[:2], long])
     assert problem.where == "line 9"
     assert "positions" in problem.reason
+
+
+@pytest.mark.parametrize(("room", "num_problems"), [(0, 0), (1, 1)])
+@pytest.mark.parametrize("task", ["exact_match", "mmmu"])
+def test_lengths_are_those_that_are_asked_and_need_no_picture(loaded, samples, monkeypatch, room, num_problems, task):
+    """Also of pictures that a task enlarges, and of those that are not tiled."""
+    options = {"A": "x", "B": "y"}
+    asked = replace(samples[1], answers=("A",), options=options)
+    for use_tiling in (True, False):
+        tested = Asker(loaded, TASKS[task], 4, use_tiling=use_tiling)
+        length = len(tested.encode(asked))
+        with monkeypatch.context() as patch:
+            patch.setattr(loaded.model.config.language_config, "max_position_embeddings", length - room)
+            patch.setattr(runner, "load_image", None)
+            assert len(find_too_long(tested, [asked])) == num_problems
 
 
 class Stopped(Exception):
