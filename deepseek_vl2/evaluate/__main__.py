@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.evaluate.predictions import begin_or_resume, file_digest, folder_digest, write_whole
+from deepseek_vl2.evaluate.predictions import begin_or_resume, file_digest, folder_digest
 from deepseek_vl2.evaluate.readers import BOX_FORMATS, FORMATS, choose_format, read_samples
 from deepseek_vl2.evaluate.report import write_report
 from deepseek_vl2.evaluate.results import format_table, summarize_run
@@ -21,6 +21,7 @@ from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device, resolve_model_path
 

@@ -19,6 +19,7 @@ from deepseek_vl2.train.lora import add_adapter
 from deepseek_vl2.train.parts import count_trained, parameter_groups, unfreeze
 from deepseek_vl2.train.router_bias import RouterBiasUpdate
 from deepseek_vl2.utils.adapter import require_peft
+from deepseek_vl2.utils.data_files import parse_json, write_whole
 from deepseek_vl2.utils.io import load_pretrained_model
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def read_data(
         ValueError: see `read_samples` and `split_samples`.
         OSError: a file cannot be read.
     """
-    encoder = ConversationEncoder(processor, model.language.config.max_position_embeddings)
+    encoder = ConversationEncoder(processor, model.language.config)
 
     def read(name: str) -> list[Sample]:
         return read_samples(Path(name), encoder, config.skip_bad, config.check_samples)
@@ -244,8 +245,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         OSError: the folder cannot be written.
     """
     folder = Path(config.output_dir)
-    # The state is written last: a checkpoint without it was cut off.
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
     newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest and config.resume == "never":
         raise ValueError(f"resume: never, but {folder} holds {newest.name}; take another output_dir, or remove it")
@@ -253,12 +253,21 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         _check_same_settings(config, folder / CONFIG_FILE)
         logger.info("going on from %s", newest)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n")
     return newest
 
 
+def _is_whole(state_file: Path) -> bool:
+    """Whether a checkpoint's state, which is written last, has been written to its end."""
+    try:
+        parse_json(state_file.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
 def _check_same_settings(config: TrainConfig, path: Path) -> None:
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = parse_json(path.read_bytes()) if path.is_file() else {}
     names = [field.name for field in fields(config) if field.name not in _FREE_KEYS]
     for name in names:
         value = getattr(config, name)

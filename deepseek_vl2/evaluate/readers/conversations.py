@@ -10,11 +10,12 @@ The conversation is asked word for word. A last message of the assistant is the 
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_vl2.evaluate.readers.common import ReadOptions, as_mapping, first_of, parse_json, read_box, texts
+from deepseek_vl2.evaluate.readers.common import ReadOptions, as_mapping, first_of, read_box, texts
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
 from deepseek_vl2.models.chat_format import ASSISTANT_NAMES, USER_NAMES
 from deepseek_vl2.models.special_tokens import IMAGE
 from deepseek_vl2.serve.grounding import read_grounding
+from deepseek_vl2.utils.data_files import parse_json, picture_path
 
 
 def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
@@ -68,7 +69,7 @@ def _with_pictures(message: Mapping[str, Any], number: int, options: ReadOptions
         content = f"{IMAGE}\n" * len(names) + content
     elif num_marks != len(names):
         raise ValueError(f"message {number} has {num_marks} {IMAGE} mark(s) for {len(names)} picture(s)")
-    pictures = [options.picture_path(name) for name in names]
+    pictures = [picture_path(name, options.picture_root) for name in names]
     return {"role": message["role"], "content": content, "images": pictures}
 
 

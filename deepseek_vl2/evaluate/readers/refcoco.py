@@ -15,11 +15,11 @@ from deepseek_vl2.evaluate.readers.common import (
     as_mapping,
     first_of,
     json_lines,
-    parse_json,
     question_of,
     read_box,
 )
 from deepseek_vl2.evaluate.samples import Sample
+from deepseek_vl2.utils.data_files import parse_json, picture_path
 
 SENTENCE_FIELDS = ("sentence", "caption", "sent")
 
@@ -116,7 +116,7 @@ def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> S
 def _sample(
     sample_id: str, where: str, sentence: str, fields: Mapping[str, Any], box_format: str, options: ReadOptions
 ) -> Sample:
-    picture = options.picture_path(first_of(fields, "image", "file_name"))
+    picture = picture_path(first_of(fields, "image", "file_name"), options.picture_root)
     (size,) = options.sizes_of([picture])
     said = (fields.get("width", size[0]), fields.get("height", size[1]))
     if said != size:

@@ -37,7 +37,7 @@ def experts_in_use(folder, train_file):
     reaches them all; later ones need not, as training moves the choice.
     """
     _, processor, model = load_pretrained_model(folder, torch.float32, "cpu")
-    encoder = ConversationEncoder(processor, 256)
+    encoder = ConversationEncoder(processor, model.language.config)
     rows = [encoder(sample.messages) for sample in read_samples(train_file, encoder)]
     chosen = []
     router = model.language.model.layers[1].mlp.gate
@@ -212,8 +212,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(checkpoint, train_file, tmp
     killed = subprocess.run([sys.executable, "-c", KILLED, "--config", str(path)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(folder.name for folder in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    # A checkpoint that was cut off while it was written is passed over.
+    # Checkpoints that were cut off while they were written are passed over.
     (tmp_path / "b" / "checkpoint-5").mkdir()
+    state = (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").read_text()
+    (tmp_path / "b" / "checkpoint-6").mkdir()
+    (tmp_path / "b" / "checkpoint-6" / "trainer_state.json").write_text(state[:100])
     assert main(["--config", str(path)]) == 0
     assert losses(tmp_path / "b") == undisturbed
     assert len(undisturbed) == 7
@@ -248,7 +251,7 @@ def test_text_without_pictures_and_skipping_on_the_command_line(checkpoint, tmp_
     command = ["--config", str(tmp_path / "config.json")]
     assert main(command) == 2
     message = capsys.readouterr().err.strip().split("\n")[-2:]
-    assert f"{tmp_path / 'text.jsonl'}:9: the line is not JSON" in message[0]
+    assert f"{tmp_path / 'text.jsonl'}:9: not JSON" in message[0]
     assert message[1].startswith("1 of 9 lines of ")
     assert main([*command, "--skip-bad", "--set", "max_steps=2", "log_every=1"]) == 0
     said = capsys.readouterr().out.strip().split("\n")[-1]
