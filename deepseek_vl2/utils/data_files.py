@@ -2,23 +2,32 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
     """Reads JSON.
 
     Raises:
-        ValueError: it is none, or not UTF-8.
+        ValueError: it is none, not UTF-8, or escapes half a character.
     """
     try:
         # Some editors put a byte order mark in front.
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(plain)
+        if _SURROGATE.search(plain):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text holds half a character: {error.object[error.start]!r}") from None
     except RecursionError:
         raise ValueError("not JSON that can be read: brackets are nested too deeply") from None
 

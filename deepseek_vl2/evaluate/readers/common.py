@@ -1,6 +1,7 @@
 """What the readers of all formats share: pictures, boxes and lists in cells."""
 
 import ast
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def json_lines(path: Path) -> Iterable[tuple[str, bytes]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"line {number}", line
+                yield f"line {number}", line.rstrip()
 
 
 def as_mapping(value: Any, what: str) -> Mapping[str, Any]:
@@ -121,7 +122,9 @@ def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # JSON has whole numbers that no float can hold; NaN and Infinity are in Python's dialect of it.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def first_of(fields: Mapping[str, Any], *names: str) -> Any:

@@ -30,6 +30,9 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
     last_answer = messages.pop()["content"] if messages[-1]["role"] in ASSISTANT_NAMES else ""
     if not messages or messages[-1]["role"] not in USER_NAMES:
         raise ValueError("the conversation must end with a question of the user, or with one and its answer")
+    for number, message in enumerate(messages):
+        if message["role"] in ASSISTANT_NAMES and not message["content"].strip():
+            raise ValueError(f"message {number} is an answer with no text")
     messages = [_with_pictures(message, number, options) for number, message in enumerate(messages)]
     pictures = tuple(picture for message in messages for picture in message["images"])
     sizes = options.sizes_of(pictures)

@@ -7,7 +7,13 @@ from deepseek_vl2.utils.data_files import parse_json, picture_path, write_whole
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [(b'{"a": "\xc3\xa4"}', {"a": "ä"}), ("[1]", [1]), (b"\xef\xbb\xbf[1]", [1]), (b"null", None)],
+    [
+        (b'{"a": "\xc3\xa4"}', {"a": "ä"}),
+        ("[1]", [1]),
+        (b"\xef\xbb\xbf[1]", [1]),
+        (b"null", None),
+        (r'"\ud83d\ude00"', "😀"),
+    ],
 )
 def test_json(text, value):
     assert parse_json(text) == value
@@ -20,6 +26,7 @@ def test_json(text, value):
         ("[1,\n]", "not JSON: "),
         ("", "not JSON: Expecting value at line 1, column 1"),
         (b"\xff\xfe[", "not UTF-8 text: invalid start byte at byte 0"),
+        ('["a\\ud83d"]', "a text holds half a character: '\\ud83d'"),
         ("[" * 100_000, "not JSON that can be read: brackets are nested too deeply"),
     ],
 )
