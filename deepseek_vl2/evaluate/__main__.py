@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--box_format", choices=BOX_FORMATS, help="how a refcoco_list writes boxes")
     parser.add_argument("--picture_root", type=Path, help="folder of the pictures; default: that of the file")
-    parser.add_argument("--skip_bad", "--skip-bad", action="store_true", help="go on without entries that are bad")
+    parser.add_argument("--skip-bad", "--skip_bad", action="store_true", help="go on without entries that are bad")
     parser.add_argument("--limit", type=int, help="only the first so many samples")
     parser.add_argument("--batch_size", type=int, default=1, help="default: 1")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=f"default: {MAX_NEW_TOKENS}")
@@ -133,7 +133,7 @@ def leave_out(samples: Sequence[Sample], problems: Sequence[BadEntry], skip_bad:
     places = {problem.where for problem in problems}
     rest = [sample for sample in samples if sample.where not in places]
     if problems and not (skip_bad and rest):
-        way_out = "mend them, or go on without them: --skip_bad" if rest else "none is left to ask"
+        way_out = "mend them, or go on without them: --skip-bad" if rest else "none is left to ask"
         raise ValueError(f"{len(problems)} bad of {len(problems) + len(rest)} entries; {way_out}")
     if problems:
         print(f"{PROGRAM}: {len(problems)} bad entries are left out, {len(rest)} remain", file=sys.stderr)

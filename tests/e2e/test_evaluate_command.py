@@ -123,7 +123,7 @@ def test_bad_lines_stop_the_command_before_it_computes(data, bad, tmp_path, caps
     captured = capsys.readouterr()
     said = [line for line in captured.err.splitlines() if line.startswith("python -m")]
     assert [line.split(": ")[1] for line in said] == ["line 2", "line 4", "line 5", "error"]
-    assert "3 bad of 5 entries" in said[-1] and "--skip_bad" in said[-1]
+    assert "3 bad of 5 entries" in said[-1] and "--skip-bad" in said[-1]
     assert captured.out == ""
     assert not output.exists()
 
