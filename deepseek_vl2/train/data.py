@@ -74,6 +74,18 @@ class ConversationEncoder:
         return encoded
 
 
+class UnusableSampleError(ValueError):
+    """A conversation that cannot be encoded, by file and line.
+
+    Args:
+        message: the reason. Out of a process that prepares pictures torch raises the error anew with that process's
+            whole trace, of which only the end is the reason.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
+
 class ConversationDataset(Dataset[VLChatProcessorOutput]):
     """Samples, encoded when they are asked for."""
 
@@ -89,7 +101,7 @@ class ConversationDataset(Dataset[VLChatProcessorOutput]):
         try:
             return self.encoder(sample.messages)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{sample.source}: {describe_error(error)}") from error
+            raise UnusableSampleError(f"{sample.source}: {describe_error(error)}") from error
 
 
 def read_samples(
@@ -159,7 +171,7 @@ def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> l
         ValueError: it is no JSON or no conversation, there is no answer, an answer has no text or a malformed box.
         OSError: a picture is not there.
     """
-    document = parse_json(line)
+    document = parse_json(line.rstrip())
     keys = [key for key in CONVERSATION_KEYS if isinstance(document, dict) and key in document]
     if len(keys) != 1:
         raise ValueError(f"the line must hold an object with one of the keys {', '.join(CONVERSATION_KEYS)}")
