@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.evaluate.predictions import begin_or_resume, file_digest, folder_digest, write_whole
+from deepseek_vl2.evaluate.predictions import begin_or_resume, file_digest, folder_digest
 from deepseek_vl2.evaluate.readers import BOX_FORMATS, FORMATS, choose_format, read_samples
 from deepseek_vl2.evaluate.report import write_report
 from deepseek_vl2.evaluate.results import format_table, summarize_run
@@ -21,6 +21,7 @@ from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device, resolve_model_path
 
@@ -42,11 +43,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--box_format", choices=BOX_FORMATS, help="how a refcoco_list writes boxes")
     parser.add_argument("--picture_root", type=Path, help="folder of the pictures; default: that of the file")
-    parser.add_argument("--skip_bad", "--skip-bad", action="store_true", help="go on without entries that are bad")
+    parser.add_argument("--skip-bad", "--skip_bad", action="store_true", help="go on without entries that are bad")
     parser.add_argument("--limit", type=int, help="only the first so many samples")
     parser.add_argument("--batch_size", type=int, default=1, help="default: 1")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help=f"default: {MAX_NEW_TOKENS}")
     parser.add_argument("--chunk_size", type=int, default=-1, help="tokens to prefill at once; default -1: all")
+    parser.add_argument(
+        "--no_tiling", "--no-tiling", action="store_true", help="show pictures in one view only, to see what tiles add"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     parser.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
     parser.add_argument("--num_examples", type=int, default=60, help="in the report, the worst first; default: 60")
@@ -79,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     begin_or_resume(options.output, settings)
     loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
-    asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size)
+    asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
     results = {"task": options.task, "metric": task.metric, **summarize_run(records)}
@@ -108,6 +112,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
         "chunk_size": options.chunk_size,
+        "no_tiling": options.no_tiling,
         "device": resolve_device(options.device).type,
         "dtype": options.dtype,
         "version": __version__,
@@ -128,7 +133,7 @@ def leave_out(samples: Sequence[Sample], problems: Sequence[BadEntry], skip_bad:
     places = {problem.where for problem in problems}
     rest = [sample for sample in samples if sample.where not in places]
     if problems and not (skip_bad and rest):
-        way_out = "mend them, or go on without them: --skip_bad" if rest else "none is left to ask"
+        way_out = "mend them, or go on without them: --skip-bad" if rest else "none is left to ask"
         raise ValueError(f"{len(problems)} bad of {len(problems) + len(rest)} entries; {way_out}")
     if problems:
         print(f"{PROGRAM}: {len(problems)} bad entries are left out, {len(rest)} remain", file=sys.stderr)

@@ -11,6 +11,7 @@ from deepseek_vl2.evaluate.metrics import (
     BoxCounts,
     count_boxes,
     intersection_over_union,
+    match_boxes,
     ocrbench_score,
 )
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
@@ -28,7 +29,7 @@ class Judgement:
         is_readable: whether the answer has the form that was asked for.
         understood: what was read from the answer.
         boxes: boxes of the answer in pixels.
-        iou: of the box, where one is asked for.
+        iou: of the box; where several are asked for the mean over the expected ones, 0 for those not found.
         counts: of boxes, where several are asked for.
     """
 
@@ -82,7 +83,8 @@ def judge_boxes(sample: Sample, answer: str) -> Judgement:
     """Judges all boxes of the answer by F1. Without a box it is unreadable, unless none is expected."""
     boxes, expected = found_boxes(sample, answer), sample.boxes or ()
     counts = count_boxes(boxes, expected)
-    return Judgement(counts.f1, bool(boxes) or not expected, _describe(boxes), boxes, counts=counts)
+    iou = sum(match_boxes(boxes, expected)) / len(expected) if expected else None
+    return Judgement(counts.f1, bool(boxes) or not expected, _describe(boxes), boxes, iou=iou, counts=counts)
 
 
 def found_boxes(sample: Sample, answer: str) -> tuple[PixelBox, ...]:

@@ -151,14 +151,14 @@ def ocrbench_score(answer: str, expected: Sequence[str], *, is_formula: bool = F
     """Score of OCRBench (arXiv 2305.07895): whether one of the expected texts is in the answer.
 
     Line breaks count as spaces, case does not count. Of formulas (handwritten mathematical expressions) case counts
-    and spaces do not.
+    and spaces do not. An expected text that is empty would be in every answer: it counts for nothing.
     """
 
     def prepare(text: str) -> str:
         text = text.strip().replace("\n", " ")
         return text.replace(" ", "") if is_formula else text.lower()
 
-    return float(any(prepare(other) in prepare(answer) for other in expected))
+    return float(any(prepare(other) in prepare(answer) for other in expected if other.strip()))
 
 
 def exact_match(answer: str, expected: Sequence[str]) -> float:

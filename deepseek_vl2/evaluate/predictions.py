@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_vl2.evaluate.samples import Sample
+from deepseek_vl2.utils.data_files import write_whole
 
 SETTINGS_FILE = "settings.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -32,17 +33,6 @@ def folder_digest(folder: Path) -> str:
         content = file_digest(path) if size <= _MAX_DIGESTED_BYTES else ""
         digest.update(f"{path.name}\n{size}\n{content}\n".encode())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file at once: a program that is stopped meanwhile leaves the old one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deepseek_vl2.evaluate.predictions import write_whole
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
+from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.io import load_image
 
 MAX_PICTURE_SIDE = 480

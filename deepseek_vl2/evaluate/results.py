@@ -19,7 +19,8 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `score`, `interval` (`low`, `high`, `method`), `num_samples`, `num_unreadable`; `num_right` where every score is
-        0 or 1; `mean_iou` where one box is asked for; `precision` and `recall` where several are.
+        0 or 1; `mean_iou` over the expected boxes where there are some; `precision` and `recall` where several boxes
+        may be asked for.
     """
     scores = np.array([record["score"] for record in records], dtype=np.float64)
     summary: dict[str, Any] = {"num_samples": len(records)}
@@ -28,16 +29,23 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rows = np.array([record["counts"] for record in records], dtype=np.float64)
         total = _total(rows)
         interval = bootstrap_interval(rows, lambda drawn: _total(drawn).f1)
-        summary |= {"precision": _percent(total.precision), "recall": _percent(total.recall)}
+        summary |= _mean_iou(records) | {"precision": _percent(total.precision), "recall": _percent(total.recall)}
         return _with_score(summary, total.f1, interval)
     if np.isin(scores, (0.0, 1.0)).all():
         summary["num_right"] = int(scores.sum())
         interval = wilson_interval(summary["num_right"], len(records))
     else:
         interval = bootstrap_interval(scores, lambda drawn: float(drawn.mean()))
-    if "iou" in records[0]:
-        summary["mean_iou"] = _percent(float(np.mean([record["iou"] for record in records])))
-    return _with_score(summary, float(scores.mean()), interval)
+    return _with_score(summary | _mean_iou(records), float(scores.mean()), interval)
+
+
+def _mean_iou(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean over all expected boxes, if there are any."""
+    boxed = [record for record in records if "iou" in record]
+    if not boxed:
+        return {}
+    num_expected = [BoxCounts(*record["counts"]).expected if "counts" in record else 1 for record in boxed]
+    return {"mean_iou": _percent(float(np.average([record["iou"] for record in boxed], weights=num_expected)))}
 
 
 def _total(rows: NDArray[np.float64]) -> BoxCounts:
@@ -72,7 +80,7 @@ def format_table(results: dict[str, Any]) -> str:
     lines = [f"{'category':<{width}} {'samples':>8} {'score %':>8} {'95 % interval':>17}{heads} {'unreadable':>11}"]
     for name, numbers in rows:
         bounds = f"{numbers['interval']['low']:.2f} - {numbers['interval']['high']:.2f}"
-        values = "".join(f" {numbers[extra]:10.2f}" for extra in extras)
+        values = "".join(f" {numbers[extra]:10.2f}" if extra in numbers else f" {'-':>10}" for extra in extras)
         lines.append(
             f"{name:<{width}} {numbers['num_samples']:8d} {numbers['score']:8.2f} {bounds:>17}{values} "
             f"{numbers['num_unreadable']:11d}"

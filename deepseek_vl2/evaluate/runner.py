@@ -1,5 +1,6 @@
 """Asks the model: samples in batches, greedily; every answer is judged and written at once."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,29 +27,51 @@ class Asker:
         task: how samples are asked and judged.
         max_new_tokens: most tokens of an answer.
         chunk_size: tokens to prefill at once, -1 for all.
+        use_tiling: whether pictures are cut into tiles. Without, each is its global view and one tile of the same size.
     """
 
-    def __init__(self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1) -> None:
+    def __init__(
+        self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1, use_tiling: bool = True
+    ) -> None:
         self.model: DeepseekVLV2ForCausalLM = loaded.model
         self.processor: DeepseekVLV2Processor = loaded.processor
+        if not use_tiling:
+            self.processor = copy.copy(loaded.processor)
+            # The first is one view, see `DeepseekVLV2Processor`.
+            self.processor.candidate_resolutions = loaded.processor.candidate_resolutions[:1]
         self.task = task
         self.max_new_tokens = max_new_tokens
         self.chunk_size = chunk_size
+
+    def check(self, sample: Sample) -> None:
+        """Refuses a question that cannot be asked. Needs no picture, only the sizes.
+
+        Raises:
+            ValueError: the processor refuses it, or it is longer than the model's positions.
+        """
+        sizes = [self._asked_size(size, number) for number, size in enumerate(sample.sizes)]
+        num_tokens = self.processor.count_tokens(self.task.messages(sample, []), sizes)
+        check_prompt_length(num_tokens, self.model.config.language_config)
 
     def encode(self, sample: Sample) -> VLChatProcessorOutput:
         """Encodes the question of a sample.
 
         Raises:
-            ValueError: the processor refuses it, or it is longer than the model's positions.
+            ValueError: the processor refuses it.
             OSError: a picture is not there any more.
         """
-        pictures = [load_image(picture) for picture in sample.pictures]
-        if pictures and self.task.picture_scale != 1:
-            pictures[0] = _enlarged(pictures[0], self.task.picture_scale)
+        pictures = []
+        for number, source in enumerate(sample.pictures):
+            picture = load_image(source)
+            size = self._asked_size(picture.size, number)
+            pictures.append(picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR))
         messages = self.task.messages(sample, pictures)
-        encoded = self.processor.process_one(conversations=messages, images=pictures, inference_mode=True)
-        check_prompt_length(len(encoded), self.model.config.language_config)
-        return encoded
+        return self.processor.process_one(conversations=messages, images=pictures, inference_mode=True)
+
+    def _asked_size(self, size: tuple[int, int], number: int) -> tuple[int, int]:
+        """Size in which the model is given a sample's picture."""
+        scale = self.task.picture_scale if number == 0 else 1
+        return size[0] * scale, size[1] * scale
 
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """Answers samples as one batch, special tokens of grounding kept."""
@@ -94,16 +117,12 @@ def _text(processor: DeepseekVLV2Processor, row: list[int]) -> str:
     return processor.decode(row[:end])
 
 
-def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BILINEAR)
-
-
 def find_too_long(asker: Asker, samples: Sequence[Sample]) -> list[BadEntry]:
-    """Encodes every sample once, so that a question without room in the model is found before the first is asked."""
+    """Checks every sample, so that a question without room in the model is found before the first is asked."""
     problems = []
     for sample in tqdm(samples, desc="Check lengths", unit="sample"):
         try:
-            asker.encode(sample)
+            asker.check(sample)
         except ValueError as error:
             problems.append(BadEntry(sample.where, str(error)))
     return problems

@@ -99,6 +99,8 @@ class Task:
             return
         if not sample.answers:
             raise ValueError("no answer to compare with")
+        if not any(answer.strip() for answer in sample.answers):
+            raise ValueError("the answer to compare with has no text")
         if self.needs == "people" and len(sample.answers) < MIN_HUMAN_ANSWERS:
             raise ValueError(
                 f"{len(sample.answers)} answers: agreement with people needs at least {MIN_HUMAN_ANSWERS} of them"

@@ -322,29 +322,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Raises:
             ValueError: the number of pictures is not the number of marks.
         """
-        texts = conversation.split(self.image_token)
-        if len(texts) - 1 != len(images):
-            raise ValueError(
-                f"{len(images)} picture(s) given for {len(texts) - 1} {self.image_token} mark(s) in "
-                f"{conversation[:80]!r}: every mark needs one picture"
-            )
-        result = TokenizedText.empty()
-
-        def append(ids: list[int], is_image: bool) -> None:
-            result.input_ids.extend(ids)
-            result.images_seq_mask.extend([is_image] * len(ids))
-
-        append(self.encode(texts[0], bos=bos), False)
-        num_images = 1 if cropping else MAX_TILED_IMAGES + 1
-        for image, text in zip(images, texts[1:], strict=True):
-            grid = choose_grid(image.size, num_images, self.image_size, self.candidate_resolutions)
-            count = num_image_tokens(grid, self.num_tokens_per_side)
-            append([self.image_token_id] * count, True)
-            append(self.encode(text, bos=False), False)
-            result.images.extend(self.image_transform.views(image, grid, self.image_size))
-            result.images_spatial_crop.append(grid)
-            result.num_image_tokens.append(count)
-        append([self.eos_id] * eos, False)
+        result = self._tokenize(conversation, [image.size for image in images], bos, eos, cropping)
+        self._add_views(result, images)
         return result
 
     def format_messages_v2(
@@ -362,31 +341,29 @@ class DeepseekVLV2Processor(ProcessorMixin):
             ValueError: the number of pictures is not the number of marks; an unknown role; a picture in an answer;
                 a system message that is not the first.
         """
-        template = self.new_chat_template()
-        speakers = [speaker_of(message["role"], template) for message in messages]
-        texts = [self._text_of(message) for message in messages]
-        for i, (speaker, text) in enumerate(zip(speakers, texts, strict=True)):
-            if speaker is Speaker.USER:
-                texts[i] = self._question(text)
-            elif self.image_token in text:
-                raise ValueError(f"message {i} is of role {messages[i]['role']!r} and cannot hold {self.image_token}")
-            elif speaker is Speaker.SYSTEM and i > 0:
-                raise ValueError(f"message {i} is a system message: only the first message can be one")
-        self._check_count(sum(text.count(self.image_token) for text in texts), len(pil_images))
+        text, targets = self._tokenize_messages(messages, [image.size for image in pil_images])
+        self._add_views(text, pil_images)
+        return TokenizedMessages(text.input_ids, targets, *text[1:])
 
-        result = TokenizedText.empty()
-        result.input_ids.append(self.bos_id)
-        result.images_seq_mask.append(False)
-        targets = [self.bos_id]
-        pictures = iter(pil_images)
-        cropping = len(pil_images) <= MAX_TILED_IMAGES
-        for speaker, text in zip(speakers, texts, strict=True):
-            own = [next(pictures) for _ in range(text.count(self.image_token))]
-            part = self.tokenize_with_images(text, own, bos=False, eos=speaker is Speaker.ASSISTANT, cropping=cropping)
-            hidden = self.mask_prompt and speaker is not Speaker.ASSISTANT
-            targets += [self.ignore_id] * len(part.input_ids) if hidden else part.input_ids
-            result.extend(part)
-        return TokenizedMessages(result.input_ids, targets, *result[1:])
+    def count_tokens(
+        self,
+        conversations: Sequence[Mapping[str, Any]],
+        image_sizes: Sequence[tuple[int, int]] = (),
+        inference_mode: bool = True,
+    ) -> int:
+        """Count the ids that `process_one` gives a conversation, without touching its pictures.
+
+        Args:
+            conversations: the messages.
+            image_sizes: (width, height) of the pictures, in order.
+            inference_mode: see `process_one`.
+
+        Raises:
+            ValueError: see `format_messages_v2`.
+        """
+        check_messages(conversations)
+        text, _ = self._tokenize_messages(conversations, image_sizes)
+        return self._end(text.input_ids, inference_mode)
 
     def process_one(
         self,
@@ -494,6 +471,69 @@ class DeepseekVLV2Processor(ProcessorMixin):
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
+    def _tokenize(
+        self, text: str, image_sizes: Sequence[tuple[int, int]], bos: bool, eos: bool, cropping: bool
+    ) -> TokenizedText:
+        """See `tokenize_with_images`; the views are left out."""
+        texts = text.split(self.image_token)
+        if len(texts) - 1 != len(image_sizes):
+            raise ValueError(
+                f"{len(image_sizes)} picture(s) given for {len(texts) - 1} {self.image_token} mark(s) in "
+                f"{text[:80]!r}: every mark needs one picture"
+            )
+        result = TokenizedText.empty()
+
+        def append(ids: list[int], is_image: bool) -> None:
+            result.input_ids.extend(ids)
+            result.images_seq_mask.extend([is_image] * len(ids))
+
+        append(self.encode(texts[0], bos=bos), False)
+        num_images = 1 if cropping else MAX_TILED_IMAGES + 1
+        for size, following in zip(image_sizes, texts[1:], strict=True):
+            grid = choose_grid(size, num_images, self.image_size, self.candidate_resolutions)
+            count = num_image_tokens(grid, self.num_tokens_per_side)
+            append([self.image_token_id] * count, True)
+            append(self.encode(following, bos=False), False)
+            result.images_spatial_crop.append(grid)
+            result.num_image_tokens.append(count)
+        append([self.eos_id] * eos, False)
+        return result
+
+    def _tokenize_messages(
+        self, messages: Sequence[Mapping[str, Any]], image_sizes: Sequence[tuple[int, int]]
+    ) -> tuple[TokenizedText, list[int]]:
+        """Ids and labels of a conversation, see `format_messages_v2`; the views are left out."""
+        template = self.new_chat_template()
+        speakers = [speaker_of(message["role"], template) for message in messages]
+        texts = [self._text_of(message) for message in messages]
+        for i, (speaker, text) in enumerate(zip(speakers, texts, strict=True)):
+            if speaker is Speaker.USER:
+                texts[i] = self._question(text)
+            elif self.image_token in text:
+                raise ValueError(f"message {i} is of role {messages[i]['role']!r} and cannot hold {self.image_token}")
+            elif speaker is Speaker.SYSTEM and i > 0:
+                raise ValueError(f"message {i} is a system message: only the first message can be one")
+        self._check_count(sum(text.count(self.image_token) for text in texts), len(image_sizes))
+
+        result = TokenizedText.empty()
+        result.input_ids.append(self.bos_id)
+        result.images_seq_mask.append(False)
+        targets = [self.bos_id]
+        sizes = iter(image_sizes)
+        cropping = len(image_sizes) <= MAX_TILED_IMAGES
+        for speaker, text in zip(speakers, texts, strict=True):
+            own = [next(sizes) for _ in range(text.count(self.image_token))]
+            part = self._tokenize(text, own, bos=False, eos=speaker is Speaker.ASSISTANT, cropping=cropping)
+            hidden = self.mask_prompt and speaker is not Speaker.ASSISTANT
+            targets += [self.ignore_id] * len(part.input_ids) if hidden else part.input_ids
+            result.extend(part)
+        return result, targets
+
+    def _add_views(self, text: TokenizedText, images: Sequence[Image.Image]) -> None:
+        """Cut the pictures into the views that the text has room for."""
+        for image, grid in zip(images, text.images_spatial_crop, strict=True):
+            text.images.extend(self.image_transform.views(image, grid, self.image_size))
+
     def _text_of(self, message: Mapping[str, Any]) -> str:
         return content_text(message.get("content"), self.image_token).strip()
 
@@ -511,8 +551,12 @@ class DeepseekVLV2Processor(ProcessorMixin):
                 "every mark needs one picture, and every picture one mark"
             )
 
+    def _end(self, input_ids: list[int], drop_eos: bool) -> int:
+        """Number of ids that are kept."""
+        return len(input_ids) - (drop_eos and input_ids[-1] == self.eos_id)
+
     def _sample(self, printed: str, encoded: TokenizedMessages, drop_eos: bool) -> VLChatProcessorOutput:
-        end = len(encoded.input_ids) - (drop_eos and encoded.input_ids[-1] == self.eos_id)
+        end = self._end(encoded.input_ids, drop_eos)
         input_ids = torch.tensor(encoded.input_ids[:end], dtype=torch.long)
         target_ids = torch.tensor(encoded.target_ids[:end], dtype=torch.long)
         target_ids[input_ids == self.image_token_id] = self.ignore_id

@@ -5,8 +5,13 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 from deepseek_vl2.train.config import explain_keys, read_config
 from deepseek_vl2.train.trainer import TrainResult, train
+from deepseek_vl2.utils.errors import describe_error
+
+MORE_MEMORY = "a smaller batch_size, gradient_checkpointing: true, precision: bf16_weights, or language: lora"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="replace values of the file"
     )
-    parser.add_argument("--skip-bad", action="store_true", help="same as --set skip_bad=true")
+    parser.add_argument(
+        "--skip-bad", "--skip_bad", action="store_true", help="go on without lines that are bad: --set skip_bad=true"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = [*options.set, *(["skip_bad=true"] if options.skip_bad else [])]
@@ -35,8 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)  # of bad data a line each
+        return 2
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{parser.prog}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
         return 2
     print(describe(result, config.model_path if config.uses_lora else None))
     return 0

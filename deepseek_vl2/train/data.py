@@ -5,7 +5,6 @@ that the processor understands. Paths of pictures are relative to the file.
 """
 
 import copy
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +16,13 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2Processor
 from deepseek_vl2.models.chat_format import Speaker, content_text, is_picture_part, speaker_of
+from deepseek_vl2.models.generation import check_prompt_length
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 from deepseek_vl2.models.processor_inputs import check_messages
 from deepseek_vl2.serve.grounding import read_grounding
+from deepseek_vl2.utils.data_files import parse_json, picture_path
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import load_pil_images
 
@@ -52,13 +53,13 @@ class ConversationEncoder:
 
     Args:
         processor: of the model. It is not changed: published ones learn questions too unless told not to.
-        max_tokens: positions of the model.
+        language_config: of the model; says how many positions it has.
     """
 
-    def __init__(self, processor: DeepseekVLV2Processor, max_tokens: int) -> None:
+    def __init__(self, processor: DeepseekVLV2Processor, language_config: DeepseekV2Config) -> None:
         self.processor = copy.copy(processor)
         self.processor.mask_prompt = True
-        self.max_tokens = max_tokens
+        self.language_config = language_config
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> VLChatProcessorOutput:
         """Encodes one conversation.
@@ -69,9 +70,20 @@ class ConversationEncoder:
         """
         images = load_pil_images(messages)
         encoded = self.processor.process_one(conversations=messages, images=images, inference_mode=False)
-        if len(encoded) > self.max_tokens:
-            raise ValueError(f"the conversation has {len(encoded)} tokens, the model takes {self.max_tokens}")
+        check_prompt_length(len(encoded), self.language_config)
         return encoded
+
+
+class UnusableSampleError(ValueError):
+    """A conversation that cannot be encoded, by file and line.
+
+    Args:
+        message: the reason. Out of a process that prepares pictures torch raises the error anew with that process's
+            whole trace, of which only the end is the reason.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
 class ConversationDataset(Dataset[VLChatProcessorOutput]):
@@ -89,7 +101,7 @@ class ConversationDataset(Dataset[VLChatProcessorOutput]):
         try:
             return self.encoder(sample.messages)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{sample.source}: {_one_line(error)}") from error
+            raise UnusableSampleError(f"{sample.source}: {describe_error(error)}") from error
 
 
 def read_samples(
@@ -123,7 +135,7 @@ def read_samples(
             except (ValueError, OSError) as error:
                 if samples and samples[-1].source == sample:
                     samples.pop()
-                problems.append(f"{sample}: {_one_line(error)}")
+                problems.append(f"{sample}: {describe_error(error)}")
     total = len(samples) + len(problems)
     if not total:
         raise ValueError(f"{path} is empty: it holds no conversations")
@@ -144,14 +156,6 @@ def _report(path: Path, problems: list[str], total: int, can_go_on: bool) -> Non
     raise ValueError("\n".join([*shown, f"{count}; mend them{way_out}"]))
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"the line is not UTF-8 text: {error.reason} at byte {error.start}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"the line is not JSON: {error.msg} at column {error.colno}"
-    return describe_error(error)
-
-
 def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> list[dict[str, Any]]:
     """Reads one conversation.
 
@@ -167,7 +171,7 @@ def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> l
         ValueError: it is no JSON or no conversation, there is no answer, an answer has no text or a malformed box.
         OSError: a picture is not there.
     """
-    document = json.loads(line.decode("utf-8"))
+    document = parse_json(line.rstrip())
     keys = [key for key in CONVERSATION_KEYS if isinstance(document, dict) and key in document]
     if len(keys) != 1:
         raise ValueError(f"the line must hold an object with one of the keys {', '.join(CONVERSATION_KEYS)}")
@@ -221,14 +225,9 @@ def _full_path(source: Any, folder: Path) -> Any:
     """
     if isinstance(source, Mapping) and "url" in source:
         return {**source, "url": _full_path(source["url"], folder)}
-    if not isinstance(source, str) or not source:
-        raise ValueError(f"a picture is given by its path or address, not by {source!r:.80}")
-    if _ADDRESS.match(source):
+    if isinstance(source, str) and _ADDRESS.match(source):
         return source
-    path = folder.resolve() / source
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no picture {source!r} (looked for {path})")
-    return str(path)
+    return picture_path(source, folder)
 
 
 def split_samples(samples: Sequence[Sample], eval_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

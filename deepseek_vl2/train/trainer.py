@@ -19,6 +19,7 @@ from deepseek_vl2.train.lora import add_adapter
 from deepseek_vl2.train.parts import count_trained, parameter_groups, unfreeze
 from deepseek_vl2.train.router_bias import RouterBiasUpdate
 from deepseek_vl2.utils.adapter import require_peft
+from deepseek_vl2.utils.data_files import parse_json, write_whole
 from deepseek_vl2.utils.io import load_pretrained_model
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.bias_update_speed:
         callbacks.append(RouterBiasUpdate(model, config.bias_update_speed))
     if config.tensorboard:
-        callbacks.append(_tensorboard(config))
+        callbacks.append(_tensorboard(config, _num_steps(checkpoint) if checkpoint else 0))
     trained: Any = add_adapter(model, config) if config.uses_lora else model
     num_trained = count_trained(trained)
     logger.info(
@@ -165,7 +166,10 @@ def train(config: TrainConfig) -> TrainResult:
         processing_class=processor,
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        _close_bars(trainer)
     trainer.save_model()
 
     def last(name: str) -> float | None:
@@ -173,6 +177,14 @@ def train(config: TrainConfig) -> TrainResult:
 
     steps = trainer.state.global_step
     return TrainResult(Path(config.output_dir), steps, last("loss"), last("eval_loss"), num_trained)
+
+
+def _close_bars(trainer: Trainer) -> None:
+    """Ends the line of progress of a run that was broken off, so that what is said next has its own."""
+    for callback in trainer.callback_handler.callbacks:
+        for bar in (getattr(callback, name, None) for name in ("training_bar", "prediction_bar")):
+            if bar is not None:
+                bar.close()
 
 
 def read_data(
@@ -184,7 +196,7 @@ def read_data(
         ValueError: see `read_samples` and `split_samples`.
         OSError: a file cannot be read.
     """
-    encoder = ConversationEncoder(processor, model.language.config.max_position_embeddings)
+    encoder = ConversationEncoder(processor, model.language.config)
 
     def read(name: str) -> list[Sample]:
         return read_samples(Path(name), encoder, config.skip_bad, config.check_samples)
@@ -244,21 +256,33 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         OSError: the folder cannot be written.
     """
     folder = Path(config.output_dir)
-    # The state is written last: a checkpoint without it was cut off.
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
+    newest = max(complete, key=_num_steps, default=None)
     if newest and config.resume == "never":
         raise ValueError(f"resume: never, but {folder} holds {newest.name}; take another output_dir, or remove it")
     if newest:
         _check_same_settings(config, folder / CONFIG_FILE)
         logger.info("going on from %s", newest)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n")
     return newest
 
 
+def _num_steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(state_file: Path) -> bool:
+    """Whether a checkpoint's state, which is written last, has been written to its end."""
+    try:
+        parse_json(state_file.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
 def _check_same_settings(config: TrainConfig, path: Path) -> None:
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = parse_json(path.read_bytes()) if path.is_file() else {}
     names = [field.name for field in fields(config) if field.name not in _FREE_KEYS]
     for name in names:
         value = getattr(config, name)
@@ -269,7 +293,16 @@ def _check_same_settings(config: TrainConfig, path: Path) -> None:
             )
 
 
-def _tensorboard(config: TrainConfig) -> TrainerCallback:
+def _tensorboard(config: TrainConfig, num_steps: int) -> TrainerCallback:
+    """Records for tensorboard.
+
+    Args:
+        config: says where.
+        num_steps: that are done already. Later records are of steps that will be done again: they no longer count.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -278,4 +311,4 @@ def _tensorboard(config: TrainConfig) -> TrainerCallback:
         ) from error
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(Path(config.output_dir) / "tensorboard"))
+    return TensorBoardCallback(SummaryWriter(Path(config.output_dir) / "tensorboard", purge_step=num_steps + 1))

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from deepseek_vl2.evaluate import runner
 from deepseek_vl2.evaluate.__main__ import main
 from deepseek_vl2.nano.questions import EVAL_SPLIT, example_at
 
@@ -83,6 +84,26 @@ def test_other_settings_are_refused(data, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "max_new_tokens was 2, is 3" in captured.err.splitlines()[-1]
+    assert main(command(data, tmp_path, "--limit", 1, "--max_new_tokens", 2, "--no_tiling")) == 2
+    assert "no_tiling was False, is True" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("spelling", ["--no_tiling", "--no-tiling"])
+def test_without_tiling_pictures_are_smaller_for_the_model(data, tmp_path, monkeypatch, spelling):
+    seen = []
+    answer = runner.answer_batch
+
+    def answer_batch(model, processor, prompts, *rest):
+        seen.extend(prompt.images_spatial_crop.tolist() for prompt in prompts)
+        return answer(model, processor, prompts, *rest)
+
+    monkeypatch.setattr(runner, "answer_batch", answer_batch)
+    few = ("--limit", 2, "--max_new_tokens", 1)
+    assert main(command(data, tmp_path / "plain", *few, spelling)) == 0
+    assert seen == [[[1, 1]]] * 2
+    assert json.loads((tmp_path / "plain" / "results.json").read_text())["settings"]["no_tiling"] is True
+    assert main(command(data, tmp_path / "tiled", *few)) == 0
+    assert seen[2:] != seen[:2]
 
 
 @pytest.fixture
@@ -102,7 +123,7 @@ def test_bad_lines_stop_the_command_before_it_computes(data, bad, tmp_path, caps
     captured = capsys.readouterr()
     said = [line for line in captured.err.splitlines() if line.startswith("python -m")]
     assert [line.split(": ")[1] for line in said] == ["line 2", "line 4", "line 5", "error"]
-    assert "3 bad of 5 entries" in said[-1] and "--skip_bad" in said[-1]
+    assert "3 bad of 5 entries" in said[-1] and "--skip-bad" in said[-1]
     assert captured.out == ""
     assert not output.exists()
 

@@ -1,7 +1,7 @@
 """What the readers of all formats share: pictures, boxes and lists in cells."""
 
 import ast
-import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,20 +30,6 @@ class ReadOptions:
     box_format: BoxFormat | None = None
     sizes: dict[PictureSource, tuple[int, int]] = field(default_factory=dict)
 
-    def picture_path(self, name: Any) -> str:
-        """A picture's full path.
-
-        Raises:
-            ValueError: it is no path.
-            FileNotFoundError: there is no such file.
-        """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a picture is given by its path, not by {name!r:.80}")
-        path = self.picture_root / name
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no picture {name!r} (looked for {path})")
-        return str(path)
-
     def sizes_of(self, pictures: Iterable[PictureSource]) -> tuple[tuple[int, int], ...]:
         """Width and height of pictures; loads each to be sure that it can be.
 
@@ -57,26 +43,12 @@ class ReadOptions:
         return tuple(self.sizes[picture] for picture in pictures)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Reads JSON.
-
-    Raises:
-        ValueError: it is none, or not UTF-8.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
 def json_lines(path: Path) -> Iterable[tuple[str, bytes]]:
     """Yields "line N" and the line; empty lines count for nothing."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"line {number}", line
+                yield f"line {number}", line.rstrip()
 
 
 def as_mapping(value: Any, what: str) -> Mapping[str, Any]:
@@ -150,7 +122,9 @@ def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # JSON has whole numbers that no float can hold; NaN and Infinity are in Python's dialect of it.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def first_of(fields: Mapping[str, Any], *names: str) -> Any:

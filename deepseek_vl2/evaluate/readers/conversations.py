@@ -10,11 +10,12 @@ The conversation is asked word for word. A last message of the assistant is the 
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_vl2.evaluate.readers.common import ReadOptions, as_mapping, first_of, parse_json, read_box, texts
+from deepseek_vl2.evaluate.readers.common import ReadOptions, as_mapping, first_of, read_box, texts
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
 from deepseek_vl2.models.chat_format import ASSISTANT_NAMES, USER_NAMES
 from deepseek_vl2.models.special_tokens import IMAGE
 from deepseek_vl2.serve.grounding import read_grounding
+from deepseek_vl2.utils.data_files import parse_json, picture_path
 
 
 def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
@@ -29,6 +30,9 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
     last_answer = messages.pop()["content"] if messages[-1]["role"] in ASSISTANT_NAMES else ""
     if not messages or messages[-1]["role"] not in USER_NAMES:
         raise ValueError("the conversation must end with a question of the user, or with one and its answer")
+    for number, message in enumerate(messages):
+        if message["role"] in ASSISTANT_NAMES and not message["content"].strip():
+            raise ValueError(f"message {number} is an answer with no text")
     messages = [_with_pictures(message, number, options) for number, message in enumerate(messages)]
     pictures = tuple(picture for message in messages for picture in message["images"])
     sizes = options.sizes_of(pictures)
@@ -68,7 +72,7 @@ def _with_pictures(message: Mapping[str, Any], number: int, options: ReadOptions
         content = f"{IMAGE}\n" * len(names) + content
     elif num_marks != len(names):
         raise ValueError(f"message {number} has {num_marks} {IMAGE} mark(s) for {len(names)} picture(s)")
-    pictures = [options.picture_path(name) for name in names]
+    pictures = [picture_path(name, options.picture_root) for name in names]
     return {"role": message["role"], "content": content, "images": pictures}
 
 

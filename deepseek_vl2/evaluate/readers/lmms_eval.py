@@ -13,11 +13,11 @@ from deepseek_vl2.evaluate.readers.common import (
     as_mapping,
     first_of,
     listed,
-    parse_json,
     question_of,
     texts,
 )
 from deepseek_vl2.evaluate.samples import Sample
+from deepseek_vl2.utils.data_files import parse_json, picture_path
 
 
 def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
@@ -30,7 +30,7 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     fields = as_mapping(parse_json(line), "a line")
     document = as_mapping(fields.get("doc", fields), "'doc'")
     names = listed(first_of(document, "image", "image_path", "images"))
-    pictures = tuple(options.picture_path(name) for name in names)
+    pictures = tuple(picture_path(name, options.picture_root) for name in names)
     choices = _options(document)
     answers = texts(first_of(document, "answers", "answer", "label") or first_of(fields, "target"))
     sample_id = first_of(document, "question_id", "questionId", "id", "index")

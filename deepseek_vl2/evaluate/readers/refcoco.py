@@ -15,11 +15,11 @@ from deepseek_vl2.evaluate.readers.common import (
     as_mapping,
     first_of,
     json_lines,
-    parse_json,
     question_of,
     read_box,
 )
 from deepseek_vl2.evaluate.samples import Sample
+from deepseek_vl2.utils.data_files import parse_json, picture_path
 
 SENTENCE_FIELDS = ("sentence", "caption", "sent")
 
@@ -78,8 +78,7 @@ def refs_entries(path: Path) -> Iterator[tuple[str, Any]]:
     refs, annotations, images = (
         _list_of(part, name, path) for part, name in ((document, "refs"), (tables, "annotations"), (tables, "images"))
     )
-    by_annotation = {part["id"]: part for part in annotations if isinstance(part, Mapping) and "id" in part}
-    by_image = {part["id"]: part for part in images if isinstance(part, Mapping) and "id" in part}
+    by_annotation, by_image = _by_id(annotations), _by_id(images)
     for number, ref in enumerate(refs, start=1):
         sentences = ref.get("sentences") if isinstance(ref, Mapping) else None
         if not isinstance(sentences, list) or not sentences:
@@ -95,6 +94,14 @@ def _list_of(fields: Mapping[str, Any], name: str, path: Path) -> list[Any]:
     return fields[name]
 
 
+def _by_id(parts: list[Any]) -> dict[str | int, Mapping[str, Any]]:
+    return {part["id"]: part for part in parts if isinstance(part, Mapping) and _is_id(part.get("id"))}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (str, int))
+
+
 def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> Sample:
     """Builds the sample of a sentence.
 
@@ -105,7 +112,10 @@ def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> S
     if entry is None:
         raise ValueError("the ref is no object with a list of sentences")
     ref, sentence = entry.ref, as_mapping(entry.sentence, "a sentence")
-    annotation, image = entry.annotations.get(ref.get("ann_id")), entry.images.get(ref.get("image_id"))
+    annotation, image = (
+        table.get(ref[name]) if _is_id(ref.get(name)) else None
+        for table, name in ((entry.annotations, "ann_id"), (entry.images, "image_id"))
+    )
     if annotation is None or image is None:
         raise ValueError(f"there is no annotation {ref.get('ann_id')!r} or no image {ref.get('image_id')!r}")
     sample_id = str(sentence.get("sent_id", where))
@@ -116,7 +126,7 @@ def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> S
 def _sample(
     sample_id: str, where: str, sentence: str, fields: Mapping[str, Any], box_format: str, options: ReadOptions
 ) -> Sample:
-    picture = options.picture_path(first_of(fields, "image", "file_name"))
+    picture = picture_path(first_of(fields, "image", "file_name"), options.picture_root)
     (size,) = options.sizes_of([picture])
     said = (fields.get("width", size[0]), fields.get("height", size[1]))
     if said != size:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from deepseek_vl2.evaluate.readers.common import ReadOptions, first_of, listed, question_of, texts
 from deepseek_vl2.evaluate.samples import PictureSource, Sample
+from deepseek_vl2.utils.data_files import picture_path
 
 # No picture is that short, and no index that long: VLMEvalKit's own limit.
 _MAX_INDEX_LENGTH = 64
@@ -83,7 +84,7 @@ def _pictures(row: TsvRow, options: ReadOptions) -> tuple[PictureSource, ...]:
         image = row.images[image]
     if image:
         return tuple(_decode(entry) for entry in listed(image))
-    return tuple(options.picture_path(name) for name in listed(row.cells.get("image_path")))
+    return tuple(picture_path(name, options.picture_root) for name in listed(row.cells.get("image_path")))
 
 
 def _decode(text: str) -> bytes:

@@ -223,6 +223,7 @@ def test_vqa_accuracy_leaves_one_out(num_agreeing, score):
         ("new\nyork", ["New York"], False, 1),
         ("york", ["New York"], False, 0),
         ("b", ["a", "B"], False, 1),
+        ("b", ["", " "], False, 0),  # nothing is in everything
         ("x ^ 2 + y", ["x^2+y"], True, 1),
         ("X^2", ["x^2"], True, 0),  # case counts in formulas
         ("a\n+ b = c", ["a + b"], True, 1),

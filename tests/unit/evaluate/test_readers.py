@@ -1,6 +1,7 @@
 """Files of benchmarks: every form gives the same samples, and bad entries are named."""
 
 import base64
+import copy
 import csv
 import io
 import json
@@ -153,6 +154,9 @@ def test_refcoco_lines_with_the_boxes_said_by_the_option(folder, field):
         ({"bbox": [30, 5, 10, 25]}, "has no area"),
         ({"bbox": [1, 2, 3]}, "four numbers"),
         ({"bbox": [1, 2, 3, "4"]}, "four numbers"),
+        ({"bbox": [float("nan"), 2, 3, 4]}, "four numbers"),
+        ({"bbox": [1, 2, float("inf"), 4]}, "four numbers"),
+        ({"bbox": [1, 2, 10**400, 4]}, "four numbers"),
         ({"bbox": None}, "no expected box"),
         ({"width": 61}, "has 60x40 pixels, the file says 61x40"),
         ({"image": "gone.png"}, "no picture 'gone.png'"),
@@ -199,6 +203,16 @@ def test_refcoco_refs(folder, is_nested):
     assert samples[0].boxes == ((10, 5, 40, 30),)  # COCO writes x, y, width, height
     assert [problem.where for problem in problems] == ["ref 2, sentence 1", "ref 3"]
     assert "no image 99" in problems[0].reason
+
+
+@pytest.mark.parametrize(("table", "name"), [("refs", "ann_id"), ("refs", "image_id"), ("annotations", "id")])
+def test_refcoco_refs_with_an_id_that_is_none(folder, table, name):
+    document = copy.deepcopy({"refs": REFS["refs"][:1], **REFS["instances"]})
+    document[table][0][name] = [1]
+    samples, problems = read(folder, "d.json", json.dumps(document), "refcoco_refs")
+    assert samples == []
+    assert [problem.where for problem in problems] == ["ref 1, sentence 1", "ref 1, sentence 2"]
+    assert "there is no annotation" in problems[0].reason
 
 
 def test_refcoco_refs_needs_its_three_lists(folder):
@@ -258,6 +272,7 @@ def test_conversations(folder):
     ("line", "reason"),
     [
         ("{no json", "not JSON"),
+        ({"messages": [{**QUESTION, "content": "<image>\ud800"}]}, "half a character"),
         ("[1]", "must be an object"),
         ({"doc": {}}, "--format"),
         ({"messages": [QUESTION["content"]]}, "message 0 must be an object"),
@@ -267,6 +282,7 @@ def test_conversations(folder):
         ({"messages": [{**QUESTION, "images": ["broken.png"]}]}, "broken"),
         ({"messages": [{**QUESTION, "images": "a.png"}]}, "list of paths"),
         ({"messages": [{**QUESTION, "images": []}]}, "1 <image> mark(s) for 0 picture(s)"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": " "}, QUESTION]}, "message 1 is an answer with no"),
         ({"messages": [QUESTION], "boxes": [[0, 0, 99, 9]]}, "not within the picture"),
         ({"messages": [QUESTION], "boxes": "none"}, "must be a list of boxes"),
         ({"messages": [{"role": "user", "content": "Hi"}], "boxes": []}, "boxes need a picture"),

@@ -40,6 +40,18 @@ def test_f1_counts_all_boxes_together():
     assert summary["interval"]["method"] == "bootstrap"
 
 
+def test_mean_iou_of_several_boxes_is_that_over_all_of_them():
+    records = [
+        record(1.0, "a", iou=0.9, counts=[1, 1, 1]),
+        record(0.4, "a", iou=0.3, counts=[1, 2, 3]),
+        record(0.0, "b", counts=[0, 1, 0]),  # nothing was to be found
+    ]
+    results = summarize_run(records)
+    assert results["overall"]["mean_iou"] == 45.0  # by hand: (1 * 0.9 + 3 * 0.3) / 4
+    assert "mean_iou" not in results["by_category"]["b"]
+    assert [line.split()[6:8] for line in format_table(results).splitlines()[2:]] == [["45.00", "66.67"], ["-", "0.00"]]
+
+
 def test_categories_and_table():
     results = summarize_run([record(1.0, "b"), record(0.0, "a"), record(1.0, "a"), record(1.0)])
     assert list(results["by_category"]) == ["a", "b"]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,11 +74,39 @@ def test_mmmu_doubles_its_first_picture(loaded, samples):
     assert asker(loaded, "mmmu").encode(choice).images_spatial_crop.tolist() == [[2, 2]]
 
 
+def test_without_tiling_a_picture_is_one_view_and_the_answer_another(loaded, samples):
+    """The picture is 224x112: two tiles, and a question that is the same but for them."""
+    tiled, plain = asker(loaded), Asker(loaded, TASKS["exact_match"], 4, use_tiling=False)
+    assert tiled.encode(samples[1]).images_spatial_crop.tolist() == [[2, 1]]
+    encoded = plain.encode(samples[1])
+    assert encoded.images_spatial_crop.tolist() == [[1, 1]]
+    assert len(encoded.images) == 2
+    assert torch.equal(encoded.images[0], tiled.encode(samples[1]).images[0])
+    assert torch.equal(encoded.images[0], encoded.images[1])  # no more is seen than in the global view
+    # The processor of the model is left as it is.
+    assert asker(loaded).encode(samples[1]).images_spatial_crop.tolist() == [[2, 1]]
+
+
 def test_questions_without_room_are_found_before_the_first_is_asked(loaded, samples):
     long = Sample("long", "line 9", "word " * 5000, answers=("x",))
     (problem,) = find_too_long(asker(loaded), [*samples[:2], long])
     assert problem.where == "line 9"
     assert "positions" in problem.reason
+
+
+@pytest.mark.parametrize(("room", "num_problems"), [(0, 0), (1, 1)])
+@pytest.mark.parametrize("task", ["exact_match", "mmmu"])
+def test_lengths_are_those_that_are_asked_and_need_no_picture(loaded, samples, monkeypatch, room, num_problems, task):
+    """Also of pictures that a task enlarges, and of those that are not tiled."""
+    options = {"A": "x", "B": "y"}
+    asked = replace(samples[1], answers=("A",), options=options)
+    for use_tiling in (True, False):
+        tested = Asker(loaded, TASKS[task], 4, use_tiling=use_tiling)
+        length = len(tested.encode(asked))
+        with monkeypatch.context() as patch:
+            patch.setattr(loaded.model.config.language_config, "max_position_embeddings", length - room)
+            patch.setattr(runner, "load_image", None)
+            assert len(find_too_long(tested, [asked])) == num_problems
 
 
 class Stopped(Exception):

@@ -118,7 +118,10 @@ def test_a_judgement_says_what_it_read():
     judged = TASKS["refcoco"].judge(sample(boxes=((20, 20, 100, 60),)), BOX)
     assert judged.boxes == ((20, 20, 100, 60),)
     assert judged.iou == pytest.approx(1.0)
-    assert TASKS["grounding_f1"].judge(sample(boxes=((20, 20, 100, 60),)), TWO).counts == (1, 2, 1)
+    judged = TASKS["grounding_f1"].judge(sample(boxes=((20, 20, 100, 60), (150, 50, 200, 100))), TWO)
+    assert judged.counts == (1, 2, 2)
+    assert judged.iou == pytest.approx(0.5)  # by hand: one box met exactly, one not at all
+    assert TASKS["grounding_f1"].judge(sample(boxes=()), TWO).iou is None
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,7 @@ def test_a_judgement_says_what_it_read():
         ("refcoco", sample(boxes=((1, 1, 2, 2),), pictures=(), sizes=()), "boxes need a picture"),
         ("grounding_f1", sample(), "no expected boxes"),
         ("docvqa", sample(answers=()), "no answer"),
+        ("docvqa", sample(answers=(" ", "")), "the answer to compare with has no text"),
         ("textvqa", sample(answers=("a", "b", "c")), "3 answers"),
         ("mmmu", sample(answers=("A",)), "0 option"),
         ("mmmu", choice(answers=("C",)), "'C' is none of the options' letters A, B"),

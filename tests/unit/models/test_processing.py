@@ -144,6 +144,21 @@ class TestConversation:
         crops = processor(conversations=messages, images=[BLUE, BLUE, BLUE]).images_spatial_crop
         assert crops.tolist() == [[[1, 1]] * 3]
 
+    @pytest.mark.parametrize("inference_mode", [True, False])
+    @pytest.mark.parametrize("pictures", [[], [RED], [BLUE, RED], [BLUE, RED, BLUE]])
+    @pytest.mark.parametrize("answer", ["", "On the left."])
+    def test_tokens_are_counted_by_the_pictures_sizes(self, processor, pictures, inference_mode, answer):
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "<image>" * len(pictures) + "Where is it?"},
+            {"role": "assistant", "content": answer},
+        ]
+        encoded = processor.process_one(conversations=messages, images=pictures, inference_mode=inference_mode)
+        sizes = [picture.size for picture in pictures]
+        assert processor.count_tokens(messages, sizes, inference_mode) == len(encoded)
+        with pytest.raises(ValueError, match="every mark needs one picture"):
+            processor.count_tokens(messages, [*sizes, (5, 5)])
+
     def test_pictures_stand_in_order_over_several_turns(self, processor):
         messages = [*QUESTION, {"role": "assistant", "content": "a"}, *QUESTION]
         images = processor(conversations=messages, images=[RED, BLUE]).images[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_models import LORA_ALL, save_model, settings
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2ForCausalLM
 from deepseek_vl2.train import trainer
 from deepseek_vl2.train.data import ConversationEncoder, read_samples
 from deepseek_vl2.train.merge import main as merge
@@ -38,7 +38,7 @@ def trained(checkpoint, train_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(processor, train_file):
-    encoder = ConversationEncoder(processor, 256)
+    encoder = ConversationEncoder(processor, DeepseekV2Config(max_position_embeddings=256))
     samples = read_samples(train_file, encoder)
     batch = processor.batchify([encoder(sample.messages) for sample in samples[:2]])
     return {name: batch[name] for name in processor.model_input_names}

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_models import COLORS, FULL, LORA_ALL, VARIANTS, losses, run, settings
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
-from deepseek_vl2.train import train
+from deepseek_vl2.train import train, trainer
 from deepseek_vl2.train.__main__ import main
 from deepseek_vl2.train.collator import TrainingCollator
 from deepseek_vl2.train.data import ConversationEncoder, read_samples
@@ -37,7 +38,7 @@ def experts_in_use(folder, train_file):
     reaches them all; later ones need not, as training moves the choice.
     """
     _, processor, model = load_pretrained_model(folder, torch.float32, "cpu")
-    encoder = ConversationEncoder(processor, 256)
+    encoder = ConversationEncoder(processor, model.language.config)
     rows = [encoder(sample.messages) for sample in read_samples(train_file, encoder)]
     chosen = []
     router = model.language.model.layers[1].mlp.gate
@@ -140,6 +141,14 @@ def test_bfloat16(checkpoint, train_file, tmp_path, precision, kind):
     assert found[-1] < 0.7 * found[0]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", [FULL, {**LORA_ALL, "vision": "lora", "projector": "full"}], ids=["full", "lora"])
+def test_all_ways_to_save_memory_go_together(checkpoint, train_file, tmp_path, variant, kind):
+    saving = {"precision": "bf16_weights", "gradient_checkpointing": True, "batch_size": 2, "gradient_accumulation": 4}
+    found = run(settings(train_file, checkpoint(variant), tmp_path, **saving, **kind))
+    assert found[-1] < 0.8 * found[0]
+
+
 def test_parts_have_their_own_learning_rates(checkpoint, train_file, tmp_path):
     rates = {"learning_rate": 1e-3, "vision_learning_rate": 1e-4, "projector_learning_rate": 1e-5}
     run(settings(train_file, checkpoint("mla_greedy"), tmp_path, max_steps=1, **{**FULL, **rates}))
@@ -168,7 +177,21 @@ def test_the_result_is_whole_and_measured(checkpoint, train_file, tmp_path):
     history = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     assert [record["step"] for record in history if "eval_loss" in record] == [4, 6]
     assert 0 < result.eval_loss < history[0]["loss"]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("eval/loss")] == [4, 6]
+    assert [event.value for event in curves.Scalars("train/loss")] == pytest.approx(losses(tmp_path))
+    assert {"train/learning_rate", "train/grad_norm"} <= set(curves.Tags()["scalars"])
+
+
+def test_records_of_steps_that_are_done_again_do_not_count_twice(train_file, tmp_path):
+    config = settings(train_file, "nano", tmp_path)
+    for done, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        writer = trainer._tensorboard(config, done).tb_writer
+        for step in steps:
+            writer.add_scalar("train/loss", 1 / step, step)
+        writer.close()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_a_diverging_run_ends_with_a_reason(checkpoint, train_file, tmp_path):
@@ -212,8 +235,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(checkpoint, train_file, tmp
     killed = subprocess.run([sys.executable, "-c", KILLED, "--config", str(path)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(folder.name for folder in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    # A checkpoint that was cut off while it was written is passed over.
+    # Checkpoints that were cut off while they were written are passed over.
     (tmp_path / "b" / "checkpoint-5").mkdir()
+    state = (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").read_text()
+    (tmp_path / "b" / "checkpoint-6").mkdir()
+    (tmp_path / "b" / "checkpoint-6" / "trainer_state.json").write_text(state[:100])
     assert main(["--config", str(path)]) == 0
     assert losses(tmp_path / "b") == undisturbed
     assert len(undisturbed) == 7
@@ -248,9 +274,41 @@ def test_text_without_pictures_and_skipping_on_the_command_line(checkpoint, tmp_
     command = ["--config", str(tmp_path / "config.json")]
     assert main(command) == 2
     message = capsys.readouterr().err.strip().split("\n")[-2:]
-    assert f"{tmp_path / 'text.jsonl'}:9: the line is not JSON" in message[0]
+    assert f"{tmp_path / 'text.jsonl'}:9: not JSON" in message[0]
     assert message[1].startswith("1 of 9 lines of ")
     assert main([*command, "--skip-bad", "--set", "max_steps=2", "log_every=1"]) == 0
     said = capsys.readouterr().out.strip().split("\n")[-1]
     assert said.startswith("2 steps, loss ")
     assert said.endswith(f"inference.py --model_path {config.model_path} --adapter {config.output_dir}")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_breaks_in_training_ends_it_with_one_line(checkpoint, tmp_path, capsys, num_workers):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    question = {"role": "user", "content": "<image>\nWhat?", "images": ["broken.png"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [question, {"role": "assistant", "content": "a"}]}))
+    config = settings(tmp_path / "a.jsonl", checkpoint("mla_greedy"), tmp_path / "out", **LORA_ALL)
+    config.check_samples, config.num_workers = False, num_workers
+    (tmp_path / "config.json").write_text(json.dumps(vars(config)))
+    assert main(["--config", str(tmp_path / "config.json")]) == 2
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert line.startswith(f"python -m deepseek_vl2.train: error: {tmp_path / 'a.jsonl'}:1: ")
+    assert "broken.png" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("17 GiB"), "there is not enough memory; try a smaller batch_size"),
+        (FileNotFoundError(2, "No such file or directory", "a.jsonl"), "No such file or directory: a.jsonl"),
+    ],
+)
+def test_errors_of_the_machine_take_one_line(train_file, tmp_path, monkeypatch, capsys, error, said):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("deepseek_vl2.train.__main__.train", fail)
+    (tmp_path / "config.json").write_text(json.dumps(vars(settings(train_file, "nano", tmp_path))))
+    assert main(["--config", str(tmp_path / "config.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m deepseek_vl2.train: error: {said}")

@@ -93,6 +93,21 @@ def test_a_missing_file_is_named(tmp_path, capsys):
     assert "none.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "skips"), [("--skip-bad", True), ("--skip_bad", True), (None, False)])
+def test_skipping_is_an_option_in_both_spellings(tmp_path, monkeypatch, option, skips):
+    seen = []
+
+    def train(config):
+        seen.append(config.skip_bad)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("deepseek_vl2.train.__main__.train", train)
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(PATHS))
+    assert main(["--config", str(path), *([option] if option else [])]) == 2
+    assert seen == [skips]
+
+
 def test_every_key_is_explained():
     lines = explain_keys().splitlines()
     assert [line.partition(":")[0] for line in lines] == [field.name for field in fields(TrainConfig)]
