@@ -1,27 +1,41 @@
 """A queue in which nobody waits behind many questions of one other user."""
 
-from collections import Counter
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 
-class FairQueue(Generic[T]):
-    """Lets users take turns: first everybody's first item in the order of arrival, then everybody's second, and so on.
+class _Entry(NamedTuple):
+    round: int
+    arrival: int
+    user: Hashable
+    item: object
 
-    Not safe for several threads; the engine holds its own lock.
+
+class FairQueue(Generic[T]):
+    """Serves in rounds: one item of each user a round, within a round in the order of arrival.
+
+    A new item goes into the round that is being served, or into the one after its user's last. Not safe for several
+    threads; the engine holds its own lock.
     """
 
     def __init__(self) -> None:
-        self._items: list[tuple[Hashable, T]] = []  # in the order of arrival
+        self._entries: list[_Entry] = []
+        self._last_rounds: dict[Hashable, int] = {}  # of users, as far as they are not over
+        self._round = 0
+        self._num_arrivals = 0
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._entries)
 
     def push(self, user: Hashable, item: T) -> None:
         """Add an item of a user."""
-        self._items.append((user, item))
+        turn = max(self._round, self._last_rounds.get(user, -1) + 1)
+        self._last_rounds[user] = turn
+        self._entries.append(_Entry(turn, self._num_arrivals, user, item))
+        self._entries.sort(key=lambda entry: entry[:2])
+        self._num_arrivals += 1
 
     def pop(self) -> T:
         """Take the item whose turn it is.
@@ -29,25 +43,23 @@ class FairQueue(Generic[T]):
         Raises:
             IndexError: the queue is empty.
         """
-        first = self.in_turn()[0]
-        self.remove(first)
-        return first
+        entry = self._entries.pop(0)
+        self._round = entry.round
+        self._last_rounds = {user: last for user, last in self._last_rounds.items() if last >= self._round}
+        return entry.item  # type: ignore[return-value]
 
     def remove(self, item: T) -> bool:
         """Take an item out, wherever it stands; returns whether it was there."""
-        before = len(self._items)
-        self._items = [entry for entry in self._items if entry[1] is not item]
-        return len(self._items) < before
+        for entry in self._entries:
+            if entry.item is item:
+                self._entries.remove(entry)
+                return True
+        return False
 
     def place(self, item: T) -> int | None:
         """Tell how many items come before one, `None` if it is not here."""
         return next((place for place, other in enumerate(self.in_turn()) if other is item), None)
 
     def in_turn(self) -> list[T]:
-        """List all items in the order in which they are taken."""
-        num_before: Counter[Hashable] = Counter()
-        ranked = []
-        for arrival, (user, item) in enumerate(self._items):
-            ranked.append((num_before[user], arrival, item))
-            num_before[user] += 1
-        return [item for _, _, item in sorted(ranked, key=lambda entry: entry[:2])]
+        """List all items in the order in which they are taken, as far as is known now."""
+        return [entry.item for entry in self._entries]  # type: ignore[misc]

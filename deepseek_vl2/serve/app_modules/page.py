@@ -438,6 +438,7 @@ class Demo:
 
 _CHAT: dict[str, Any] = {
     "elem_id": "chat",
+    "show_label": False,
     "height": None,
     "min_height": 320,
     "render_markdown": False,
