@@ -127,7 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_arguments(options)
         if (options.share or options.ip not in ("127.0.0.1", "localhost", "::1")) and not options.auth:
-            print("web_demo.py: warning: others can reach this page; --auth USER:PASSWORD asks for a login")
+            print(
+                "web_demo.py: warning: others can reach this page; --auth USER:PASSWORD asks for a login",
+                file=sys.stderr,
+            )
         with tempfile.TemporaryDirectory(prefix="deepseek_vl2-web-", ignore_cleanup_errors=True) as folder:
             serve(options, Path(folder))
     except KeyboardInterrupt:
