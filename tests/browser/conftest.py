@@ -19,6 +19,7 @@ CHROMIUM_OPTIONS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Keeps these tests on one worker: they share server and browser, and playwright an event loop."""
     for item in items:

@@ -71,8 +71,9 @@ class Demo:
                 self.theme = gr.Button(text("theme", ENGLISH), elem_id="theme", size="sm")
             self.model_state = gr.HTML(self._model_line(ENGLISH), elem_id="model-state")
             self.chat = gr.Chatbot(**self._chat_options(ENGLISH), **_CHAT)
-            self.status = gr.HTML("", elem_id="status")
-            self.question = gr.MultimodalTextbox(**self._question_options(ENGLISH), **_QUESTION)
+            with gr.Column(elem_id="ask"):
+                self.status = gr.HTML("", elem_id="status")
+                self.question = gr.MultimodalTextbox(**self._question_options(ENGLISH), **_QUESTION)
             with gr.Accordion(text("settings", ENGLISH), open=False, elem_id="settings") as self.accordion:
                 self.settings = self._build_settings()
             self.timer = gr.Timer(0.5)
