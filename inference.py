@@ -24,6 +24,7 @@ from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.special_tokens import ASSISTANT, GROUNDING, IMAGE, REF_END, REF_START, USER
 from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
+from deepseek_vl2.serve.questions import place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
@@ -122,14 +123,7 @@ def build_conversation(prompt: str | None, images: list[str] | None) -> list[dic
     prompt = PROMPT_FOR_PICTURES if prompt is None else prompt
     if not prompt.replace(IMAGE, "").strip():
         raise ValueError("--prompt is empty: ask something, or leave it out to get the picture described")
-    if IMAGE not in prompt:
-        prompt = f"{IMAGE}\n" * len(images) + prompt
-    num_marks = prompt.count(IMAGE)
-    if num_marks != len(images):
-        raise ValueError(
-            f"--prompt has {num_marks} {IMAGE} mark(s) for {len(images)} picture(s) of --image: every picture needs "
-            "one mark, or leave all marks out to have the pictures in front of the question"
-        )
+    prompt = place_image_marks(prompt, len(images))
     pictures = [load_image(image) for image in images]
     return [{"role": USER, "content": prompt, "images": pictures}, {"role": ASSISTANT, "content": ""}]
 

@@ -245,6 +245,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         images: torch.Tensor | None = None,
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
+        image_features: list[torch.Tensor] | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Embeds a prompt, with image tokens in the places of the placeholders.
@@ -254,6 +255,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             images: [B, V, 3, S, S], see `get_image_features`; None for text only.
             images_seq_mask: Which tokens are placeholders, [B, T].
             images_spatial_crop: [B, I, 2], see `get_image_features`.
+            image_features: What `get_image_features` has given for these pictures, if that is known already.
             **ignored: Other outputs of the processor, so that `**inputs` can be passed.
 
         Returns:
@@ -270,7 +272,9 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             raise ValueError("images need images_seq_mask and images_spatial_crop; pass all outputs of the processor.")
         else:
             self._check_placeholders(images_seq_mask, images_spatial_crop)
-            features = self.get_image_features(images, images_spatial_crop)
+            if image_features is None:
+                image_features = self.get_image_features(images, images_spatial_crop)
+            features = image_features
         if not features:
             if images_seq_mask is not None and images_seq_mask.any():
                 raise ValueError(

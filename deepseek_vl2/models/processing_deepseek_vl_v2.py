@@ -327,7 +327,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         return result
 
     def format_messages_v2(
-        self, messages: Sequence[Mapping[str, Any]], pil_images: Sequence[Image.Image]
+        self, messages: Sequence[Mapping[str, Any]], pil_images: Sequence[Image.Image], cropping: bool = True
     ) -> TokenizedMessages:
         """Encode a conversation message by message, as the model was trained on it.
 
@@ -336,12 +336,13 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Args:
             messages: the conversation.
             pil_images: its pictures, in order.
+            cropping: whether pictures are tiled while they are few; `False` never tiles.
 
         Raises:
             ValueError: the number of pictures is not the number of marks; an unknown role; a picture in an answer;
                 a system message that is not the first.
         """
-        text, targets = self._tokenize_messages(messages, [image.size for image in pil_images])
+        text, targets = self._tokenize_messages(messages, [image.size for image in pil_images], cropping)
         self._add_views(text, pil_images)
         return TokenizedMessages(text.input_ids, targets, *text[1:])
 
@@ -373,6 +374,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         apply_sft_format: bool = False,
         inference_mode: bool = True,
         system_prompt: str = "",
+        cropping: bool = True,
     ) -> VLChatProcessorOutput:
         """Encode one conversation or one prompt.
 
@@ -383,6 +385,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             apply_sft_format: whether to print `prompt` as a question first.
             inference_mode: whether to leave out an eos at the end, so that generation goes on from there.
             system_prompt: changes the printed `sft_format` only; give the model a message of role `system` instead.
+            cropping: whether pictures are tiled while they are few; `False` never tiles.
 
         Raises:
             ValueError: both or neither of prompt and conversation; an empty one; anything that
@@ -396,13 +399,14 @@ class DeepseekVLV2Processor(ProcessorMixin):
             check_messages(conversations)
             pictures = checked_pictures(pictures_in(conversations) if images is None else images)
             printed = self.format_messages(conversations, self.sft_format, system_prompt)
-            encoded = self.format_messages_v2(conversations, pictures)
+            encoded = self.format_messages_v2(conversations, pictures, cropping)
         else:
             pictures = checked_pictures([] if images is None else images)
             printed = prompt or ""
             if apply_sft_format:
                 printed = self.format_prompts(printed, self.sft_format, system_prompt)
-            text = self.tokenize_with_images(printed, pictures, cropping=len(pictures) <= MAX_TILED_IMAGES)
+            cropping = cropping and len(pictures) <= MAX_TILED_IMAGES
+            text = self.tokenize_with_images(printed, pictures, cropping=cropping)
             encoded = TokenizedMessages(text.input_ids, text.input_ids, *text[1:])
         return self._sample(printed, encoded, drop_eos=inference_mode)
 
@@ -417,6 +421,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         force_batchify: bool = True,
         inference_mode: bool = True,
         system_prompt: str = "",
+        cropping: bool = True,
         **kwargs: Any,
     ) -> VLChatProcessorOutput | BatchCollateOutput | BatchFeature:
         """Encode one conversation or prompt, or (with `text`) printed prompts in the way of transformers.
@@ -430,6 +435,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             force_batchify: whether to return a batch of one instead of a sample.
             inference_mode: see `process_one`.
             system_prompt: see `process_one`.
+            cropping: see `process_one`; has no effect with `text`.
             **kwargs: arguments that transformers passes; only `padding_side` has an effect, and only with `text`.
 
         Returns:
@@ -452,6 +458,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             apply_sft_format=apply_sft_format,
             inference_mode=inference_mode,
             system_prompt=system_prompt,
+            cropping=cropping,
         )
         return self.batchify([sample]) if force_batchify else sample
 
@@ -500,7 +507,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         return result
 
     def _tokenize_messages(
-        self, messages: Sequence[Mapping[str, Any]], image_sizes: Sequence[tuple[int, int]]
+        self, messages: Sequence[Mapping[str, Any]], image_sizes: Sequence[tuple[int, int]], cropping: bool = True
     ) -> tuple[TokenizedText, list[int]]:
         """Ids and labels of a conversation, see `format_messages_v2`; the views are left out."""
         template = self.new_chat_template()
@@ -520,7 +527,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         result.images_seq_mask.append(False)
         targets = [self.bos_id]
         sizes = iter(image_sizes)
-        cropping = len(image_sizes) <= MAX_TILED_IMAGES
+        cropping = cropping and len(image_sizes) <= MAX_TILED_IMAGES
         for speaker, text in zip(speakers, texts, strict=True):
             own = [next(sizes) for _ in range(text.count(self.image_token))]
             part = self._tokenize(text, own, bos=False, eos=speaker is Speaker.ASSISTANT, cropping=cropping)

@@ -1,8 +1,9 @@
 """An answer as a stream of text: the model speaks in a thread of its own, the reader may stop it at any time."""
 
+import logging
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,10 @@ from transformers.generation.streamers import BaseStreamer
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length
 
+logger = logging.getLogger(__name__)
+
 _PROMPT_PARTS = ("input_ids", "images", "images_seq_mask", "images_spatial_crop", "attention_mask")
+_answering = threading.local()  # in the model's thread: `stop`, the request of the answer that it works on
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what incomplete UTF-8 is decoded to
 
 
@@ -21,7 +25,8 @@ class AnswerStream(Iterator[str]):
     """The text of an answer, piece by piece as the model speaks.
 
     The model starts when the first piece is asked for; what it raises is raised here. Closing the stream, or dropping
-    it, ends the model's work at the next token. An answer also ends where the model's positions do.
+    it, ends the model's work at the next token, and at the next layer if `stop_between_layers` was called for the
+    model. An answer also ends where the model's positions do.
 
     Args:
         model: The model.
@@ -30,6 +35,7 @@ class AnswerStream(Iterator[str]):
         options: Keywords for `model.generate`, `max_new_tokens` among them.
         stop_words: Texts that end the answer and are not part of it.
         chunk_size: Tokens to prefill at once, -1 for all.
+        embed: What embeds the prompt, with the keywords of `model.prepare_inputs_embeds`, which is the default.
 
     Attributes:
         num_prompt_tokens: Tokens of the prompt, those of pictures included.
@@ -48,6 +54,7 @@ class AnswerStream(Iterator[str]):
         options: Mapping[str, Any],
         stop_words: Sequence[str] | None = (),
         chunk_size: int = -1,
+        embed: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         check_chunk_size(chunk_size)
         if isinstance(stop_words, str):
@@ -61,7 +68,7 @@ class AnswerStream(Iterator[str]):
         self.num_image_tokens = int(prompt["images_seq_mask"].sum())
         room = config.max_position_embeddings - self.num_prompt_tokens + 1  # the last new token is not read any more
         options = {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
-        self._speaker = _Speaker(model, tokenizer, prompt, options, chunk_size)
+        self._speaker = _Speaker(model, tokenizer, prompt, options, chunk_size, embed or model.prepare_inputs_embeds)
         # Neither the speaker nor its thread knows this object, so that dropping it closes the pieces.
         self._pieces = self._speaker.pieces((tokenizer.eos_token, *(stop_words or ())))
 
@@ -159,6 +166,7 @@ class _Speaker:
         prompt: dict[str, torch.Tensor],
         options: dict[str, Any],
         chunk_size: int,
+        embed: Callable[..., torch.Tensor],
     ) -> None:
         self.text = _TextQueue(tokenizer)
         self.stop = _StopRequest()
@@ -166,6 +174,7 @@ class _Speaker:
         self._model = model
         self._prompt = prompt
         self._chunk_size = chunk_size
+        self._embed = embed
         self._options = {
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
@@ -189,24 +198,52 @@ class _Speaker:
 
     @torch.inference_mode()
     def _speak(self) -> None:
+        _answering.stop = self.stop.is_requested
         try:
-            if self._chunk_size == -1:
-                inputs_embeds, cache = self._model.prepare_inputs_embeds(**self._prompt), None
-            else:
-                inputs_embeds, cache = self._model.incremental_prefilling(**self._prompt, chunk_size=self._chunk_size)
-            if self.stop.is_requested.is_set():
-                return
-            self._model.generate(
-                input_ids=self._prompt["input_ids"],
-                attention_mask=self._prompt["attention_mask"],
-                inputs_embeds=inputs_embeds,
-                past_key_values=cache,
-                streamer=self.text,
-                stopping_criteria=StoppingCriteriaList([self.stop]),
-                **self._options,
-            )
+            self._answer()
+        except _StoppedError:
+            logger.debug("stopped before the next layer")
         finally:
             self.text.hang_up()
+
+    def _answer(self) -> None:
+        inputs_embeds, cache = self._embed(**self._prompt), None
+        if self._chunk_size != -1:
+            inputs_embeds, cache = self._model.incremental_prefilling(
+                inputs_embeds=inputs_embeds,
+                attention_mask=self._prompt["attention_mask"],
+                chunk_size=self._chunk_size,
+            )
+        if self.stop.is_requested.is_set():
+            return
+        self._model.generate(
+            input_ids=self._prompt["input_ids"],
+            attention_mask=self._prompt["attention_mask"],
+            inputs_embeds=inputs_embeds,
+            past_key_values=cache,
+            streamer=self.text,
+            stopping_criteria=StoppingCriteriaList([self.stop]),
+            **self._options,
+        )
+
+
+class _StoppedError(Exception):
+    """Leaves the model's forward pass of an answer that nobody waits for any more."""
+
+
+def stop_between_layers(model: DeepseekVLV2ForCausalLM) -> None:
+    """Lets answers of this model end within its forward pass, so that a long prompt does not hold the model up.
+
+    Without it an answer ends at the next token at the earliest, which is after the whole prompt has been read.
+    """
+    for layer in (*model.vision.blocks, *model.language.model.layers):
+        layer.register_forward_pre_hook(_leave_if_stopped)
+
+
+def _leave_if_stopped(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    stop: threading.Event | None = getattr(_answering, "stop", None)
+    if stop is not None and stop.is_set():
+        raise _StoppedError
 
 
 def until_stop_word(pieces: Iterable[str], stop_words: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,195 @@
+"""What users ask and what they get: plain data, without the model's libraries, so that the page comes up at once."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from deepseek_vl2.serve.app_modules.texts import ENGLISH
+
+if TYPE_CHECKING:
+    from deepseek_vl2.serve.app_modules.engine import Job
+
+MAX_SESSIONS = 500
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user asks.
+
+    Attributes:
+        text: as it was written.
+        pictures: paths of the uploaded pictures, in order.
+    """
+
+    text: str
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundBox:
+    """A box of an answer.
+
+    Attributes:
+        picture: which picture of the question it belongs to, counted from 1.
+        label: what is there.
+        box: x1, y1, x2, y2 in 0..999.
+        pixels: the same in pixels of the picture.
+    """
+
+    picture: int
+    label: str
+    box: tuple[int, int, int, int]
+    pixels: tuple[int, int, int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it in a form for JSON."""
+        return {
+            "picture": self.picture,
+            "label": self.label,
+            "box": list(self.box),
+            "pixels": list(self.pixels),
+        }
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an answer cost: tokens, and seconds from the start of the work."""
+
+    num_prompt_tokens: int
+    num_image_tokens: int
+    num_new_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token."""
+        return max(0, self.num_new_tokens - 1) / max(self.seconds - self.seconds_to_first_token, 1e-6)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it in a form for JSON."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "image_tokens": self.num_image_tokens,
+            "new_tokens": self.num_new_tokens,
+            "seconds_to_first_token": round(self.seconds_to_first_token, 3),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: as it came, special tokens of grounding kept.
+        words: without them.
+        boxes: the boxes in it.
+        marked_pictures: for each picture with boxes its number, and the path of a copy with the boxes drawn.
+        problems: a sentence on everything in it that is malformed.
+        statistics: what it cost.
+        num_left_out: earlier turns that had no room in the prompt.
+        was_stopped: whether the user ended it.
+        is_cut_off: whether it ended only because of its length.
+    """
+
+    text: str
+    words: str
+    boxes: tuple[FoundBox, ...]
+    marked_pictures: tuple[tuple[int, str], ...]
+    problems: tuple[str, ...]
+    statistics: Statistics
+    num_left_out: int = 0
+    was_stopped: bool = False
+    is_cut_off: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it in a form for JSON."""
+        return {
+            "answer": self.words,
+            "text": self.text,
+            "boxes": [box.to_dict() for box in self.boxes],
+            "problems": list(self.problems),
+            "is_cut_off": self.is_cut_off,
+            "was_stopped": self.was_stopped,
+            "turns_left_out": self.num_left_out,
+            "statistics": self.statistics.to_dict(),
+        }
+
+
+@dataclass(eq=False)
+class Turn:
+    """A question and its answer, which is open while the model works."""
+
+    question: Question
+    answer: Answer | None = None
+
+
+@dataclass(eq=False)
+class Session:
+    """One open page, or one client of the API.
+
+    Attributes:
+        turns: the conversation.
+        num_left_out: turns at its beginning that had no room once; they are not tried again.
+        job: the answer that is being made.
+        language: of the page.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    num_left_out: int = 0
+    job: "Job | None" = None
+    language: str = ENGLISH
+
+    def clear(self) -> None:
+        """Begin a new conversation."""
+        self.turns.clear()
+        self.num_left_out = 0
+
+    def remove_last(self) -> Turn | None:
+        """Take the last turn away."""
+        if not self.turns:
+            return None
+        turn = self.turns.pop()
+        self.num_left_out = min(self.num_left_out, len(self.turns))
+        return turn
+
+
+class Sessions:
+    """The sessions of all users, by the secret hash that each page has; the ones unused for longest are forgotten.
+
+    Args:
+        on_drop: is called with every session that is forgotten.
+        capacity: how many are kept.
+    """
+
+    def __init__(self, on_drop: Callable[[Session], None], capacity: int = MAX_SESSIONS) -> None:
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+        self._on_drop = on_drop
+        self._capacity = capacity
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, key: str) -> Session:
+        """Find a session, or begin one."""
+        dropped: list[Session] = []
+        with self._lock:
+            session = self._sessions.setdefault(key, Session())
+            self._sessions.move_to_end(key)
+            while len(self._sessions) > self._capacity:
+                dropped.append(self._sessions.popitem(last=False)[1])
+        for old in dropped:
+            self._on_drop(old)
+        return session
+
+    def drop(self, key: str) -> None:
+        """Forget a session."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+        if session is not None:
+            self._on_drop(session)

@@ -1,0 +1,120 @@
+"""Puts model, page and web server together."""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from deepseek_vl2.serve.app_modules.engine import Answerer, Engine, LoadState
+from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.page import Demo
+from deepseek_vl2.serve.app_modules.settings import Settings
+from deepseek_vl2.serve.app_modules.utils import configure_logger
+from deepseek_vl2.serve.examples import available_examples
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What is served, and how.
+
+    Attributes:
+        model_path: `"nano"`, a checkpoint folder or a name on the hub.
+        model_name: what the page calls it.
+        device: where the model runs.
+        dtype: type of its weights.
+        chunk_size: what the page's setting begins with.
+        concurrency: answers at the same time.
+        max_image_mb: largest upload.
+        pictures: folder of the example pictures.
+        folder: for pictures with boxes; gradio's own folder, so that it serves them and deletes old ones.
+        log_file: where the log goes, beside standard error.
+        log_content: whether questions and answers are logged.
+    """
+
+    model_path: str
+    model_name: str
+    device: str
+    dtype: str
+    chunk_size: int
+    concurrency: int
+    max_image_mb: float
+    pictures: Path
+    folder: Path
+    log_file: str | None = None
+    log_content: bool = False
+
+
+def build_demo(options: ServerOptions) -> Demo:
+    """Make the demo; the model is loaded later."""
+    configure_logger(options.log_file)
+    limits = UploadLimits(options.max_image_mb)
+
+    def load(set_state: Callable[[LoadState], None]) -> Answerer:
+        # Here and not above: torch and the models take longer to import than the page to come up.
+        from deepseek_vl2.serve.app_modules.answering import ModelOptions, load_answerer
+
+        model = ModelOptions(options.model_path, options.dtype, options.device)
+        return load_answerer(model, limits, options.folder, set_state)
+
+    return Demo(
+        Engine(load, options.concurrency),
+        options.model_name,
+        limits,
+        _served_copies(options.pictures, options.folder),
+        Settings(chunk_size=options.chunk_size),
+        options.log_content,
+    )
+
+
+def _served_copies(pictures: Path, folder: Path) -> Path:
+    """Copy the example pictures to where gradio serves files from; it serves no others of this machine."""
+    copies = folder / "examples"
+    copies.mkdir(parents=True, exist_ok=True)
+    for name in {name for example in available_examples(pictures) for name in example.pictures}:
+        shutil.copyfile(pictures / name, copies / name)
+    return copies
+
+
+def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
+    """Serve the page.
+
+    Args:
+        demo: what to serve.
+        block: whether to return only when the server is interrupted.
+        **addresses: for gradio's `launch`: `server_name`, `server_port`, `root_path`, `share`, `auth`.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    blocks = demo.build()
+    blocks.queue(default_concurrency_limit=None)
+    blocks.launch(
+        **addresses,
+        prevent_thread_lock=True,
+        max_file_size=demo.limits.max_bytes,
+        show_error=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=_SYSTEM_FONTS, font_mono=_MONO_FONTS),
+        css_paths=[ASSETS / "page.css"],
+        head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
+    )
+    if block:
+        threading.Event().wait()
+    return blocks
+
+
+_SYSTEM_FONTS = ["system-ui", "sans-serif"]
+_MONO_FONTS = ["ui-monospace", "monospace"]

@@ -1,0 +1,95 @@
+"""A user with a browser, as tests of the page need one."""
+
+import time
+from pathlib import Path
+
+ARTIFACTS = Path(__file__).parent / "artifacts"
+TIMEOUT = 180.0  # seconds; generous, for machines that do other work too
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+ANSWER = "#chat .bot .answer-details"
+
+
+def wait_until(condition, timeout=TIMEOUT):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+class Visitor:
+    """A user with a browser of their own."""
+
+    def __init__(self, browser, address, **options):
+        self.context = browser.new_context(**{"viewport": DESKTOP, "accept_downloads": True, **options})
+        self.context.set_default_timeout(TIMEOUT * 1000)
+        self.address = address
+        self.outside_requests: list[str] = []
+        self.errors: list[str] = []
+        self.context.on("request", self._note_request)
+        self.page = self.context.new_page()
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        self.open()
+
+    def _note_request(self, request):
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.outside_requests.append(request.url)
+
+    def open(self):
+        self.page.goto(self.address)
+        self.page.wait_for_selector("#question textarea:enabled")
+        self.page.wait_for_function("document.documentElement.lang === document.querySelector('#heading h1').lang")
+        self.page.wait_for_function("document.querySelector('#model-state .ready, #model-state .failed')")
+
+    @property
+    def textarea(self):
+        return self.page.locator("#question textarea")
+
+    @property
+    def answers(self):
+        return self.page.locator(ANSWER)
+
+    @property
+    def last_words(self):
+        """The words of the last answer, without pictures and figures."""
+        return self.page.locator("#chat .message.bot:not(.html)").last.inner_text().strip()
+
+    def add_pictures(self, *paths):
+        count = self.thumbnails.count()
+        self.page.locator("#question input[type=file]").set_input_files([str(path) for path in paths])
+        self.page.wait_for_function(
+            "count => document.querySelectorAll('#question .thumbnail-item').length >= count", arg=count + len(paths)
+        )
+
+    @property
+    def thumbnails(self):
+        return self.page.locator("#question .thumbnail-item")
+
+    def send(self, text, *pictures):
+        """Asks, and does not wait for the answer."""
+        if pictures:
+            self.add_pictures(*pictures)
+        self.textarea.fill(text)
+        self.textarea.press("Enter")
+
+    def ask(self, text, *pictures):
+        """Asks, and waits for the whole answer."""
+        before = self.answers.count()
+        self.send(text, *pictures)
+        self.wait_for_answers(before + 1)
+
+    def wait_for_answers(self, count):
+        self.page.wait_for_function(
+            "([where, count]) => document.querySelectorAll(where).length === count", arg=[ANSWER, count]
+        )
+        self.page.wait_for_selector("#question .submit-button")
+
+    def message(self):
+        """What the page says about the last question."""
+        self.page.wait_for_selector("#status [role=alert]")
+        return self.page.locator("#status [role=alert]").inner_text()
+
+    def shoot(self, name):
+        """Keeps a picture of the window."""
+        ARTIFACTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=ARTIFACTS / f"{name}.png")

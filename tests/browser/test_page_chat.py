@@ -1,0 +1,248 @@
+"""The page as one user meets it: examples, pictures, streaming, boxes, changes to the conversation, looks."""
+
+import base64
+import json
+import re
+
+import pytest
+from browsing import ANSWER, DESKTOP, PHONE
+from PIL import Image
+
+WHERE = "<|ref|>The red star.<|/ref|>."
+WINDOWS = {"desktop": DESKTOP, "phone": PHONE}
+
+
+@pytest.mark.parametrize("window", ["desktop", "phone"])
+def test_every_example_is_answered_with_one_click(visit, demo, window):
+    visitor = visit(viewport=WINDOWS[window], is_mobile=window == "phone", has_touch=window == "phone")
+    page = visitor.page
+    assert page.title() == "DeepSeek-VL2"
+    assert "ready" in page.locator("#model-state").inner_text()
+    num_examples = page.locator("#chat button.example").count()
+    assert num_examples == len(demo._examples) >= 5
+    visitor.shoot(f"{window}-first")
+    for number in range(num_examples if window == "desktop" else 1):
+        page.locator("#chat button.example").nth(number).click()
+        visitor.wait_for_answers(1)
+        shown = page.locator("#chat .user .pictures img")
+        assert shown.count() == len(demo._examples[number].pictures)
+        assert visitor.last_words
+        assert "prompt tokens" in visitor.answers.inner_text()
+        if demo._examples[number].prompt.startswith(("<|ref|>", "Find")):
+            assert visitor.answers.locator("tbody tr").count() >= 1
+            assert visitor.answers.locator(".pictures img").count() == 1
+        visitor.shoot(f"{window}-example-{number + 1}")
+        page.locator("#new").click()
+        page.wait_for_selector("#chat button.example")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= WINDOWS[window]["width"], "the page is wider than the window"
+    assert visitor.outside_requests == []
+    assert visitor.errors == []
+
+
+def test_pictures_by_upload_paste_and_drop(visitor, images):
+    page = visitor.page
+    visitor.add_pictures(images / "visual_grounding_1.jpeg")
+    script = """([kind, data]) => {
+        const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], kind + '.jpeg', {type: 'image/jpeg'}));
+        const area = document.querySelector('#question textarea');
+        const event = kind === 'paste'
+            ? new ClipboardEvent('paste', {clipboardData: transfer, bubbles: true, cancelable: true})
+            : new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true});
+        area.dispatchEvent(event);
+    }"""
+    for count, (kind, name) in enumerate(
+        [("paste", "visual_grounding_2.jpeg"), ("drop", "visual_grounding_3.jpeg")], 2
+    ):
+        data = base64.b64encode((images / name).read_bytes()).decode()
+        page.evaluate(script, [kind, data])
+        page.wait_for_function(f"document.querySelectorAll('#question .thumbnail-item').length === {count}")
+    visitor.shoot("thumbnails")
+    visitor.ask("What is in the pictures?")
+    assert page.locator("#chat .user .pictures img").count() == 3
+    assert all(page.locator("#chat .user .pictures img").nth(i).evaluate("img => img.naturalWidth") for i in range(3))
+    assert visitor.thumbnails.count() == 0
+    assert visitor.textarea.input_value() == ""
+
+
+def test_an_answer_streams(visitor, slow_model, images):
+    slow_model(token=0.3)
+    visitor.send("<|grounding|>Describe the picture.", images / "visual_grounding_1.jpeg")
+    page = visitor.page
+    page.evaluate("""() => {
+        window.lengths = [];
+        window.timer = setInterval(() => {
+            const words = document.querySelectorAll('#chat .message.bot:not(.html)');
+            const length = words.length ? words[words.length - 1].innerText.length : 0;
+            if (length !== window.lengths.at(-1)) window.lengths.push(length);
+        }, 30);
+    }""")
+    page.wait_for_selector("#question .stop-button")
+    page.wait_for_function("window.lengths.filter(length => length > 0).length >= 3")
+    assert visitor.answers.count() == 0, "the answer was over before it was shown"
+    visitor.shoot("streaming")
+    slow_model.stop()
+    visitor.wait_for_answers(1)
+    lengths = page.evaluate("window.lengths")
+    assert lengths == sorted(lengths)
+
+
+def test_boxes_can_be_enlarged_and_downloaded(visitor, images):
+    page = visitor.page
+    visitor.ask(WHERE, images / "visual_grounding_1.jpeg")
+    row = visitor.answers.locator("tbody tr").first.locator("td").all_inner_texts()
+    with page.expect_download() as download:
+        visitor.answers.locator("figure a.download").click()
+    with Image.open(download.value.path()) as marked, Image.open(images / "visual_grounding_1.jpeg") as original:
+        assert download.value.suggested_filename == "boxes_1.jpg"
+        assert marked.size == original.size
+        assert marked.tobytes() != original.convert("RGB").tobytes()
+    with page.expect_download() as download:
+        visitor.answers.get_by_text("JSON").click()
+    (box,) = json.loads(download.value.path().read_text())
+    assert [str(value) for value in (box["picture"], box["label"], *box["pixels"])] == row
+    picture = visitor.answers.locator("button.enlarge")
+    assert "with boxes: red star" in picture.locator("img").get_attribute("alt")
+    small = picture.locator("img").bounding_box()
+    picture.click()
+    large = page.locator("dialog.enlarged img").bounding_box()
+    assert large["width"] > 1.5 * small["width"]
+    visitor.shoot("enlarged")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog.enlarged", state="detached")
+    assert picture.evaluate("button => button === document.activeElement")
+
+
+def test_the_last_turn_can_be_repeated_changed_and_removed(visitor, images):
+    page = visitor.page
+    visitor.ask("How many objects are there?", images / "visual_grounding_1.jpeg")
+    first = visitor.last_words
+    page.locator("#chat").get_by_label("Retry").last.click()
+    page.wait_for_selector("#question .stop-button, #question .submit-button")
+    visitor.wait_for_answers(1)
+    assert visitor.last_words == first  # greedy
+
+    visitor.ask("What color is the star?")
+    assert visitor.last_words == "red"
+    page.locator("#chat").get_by_label("Edit").last.click()
+    area = page.locator("#chat textarea")
+    area.fill("What color is the circle?")
+    page.locator("#chat").get_by_label("Submit").click()
+    page.wait_for_function("document.querySelector('#chat').innerText.includes('the circle?')")
+    visitor.wait_for_answers(2)
+    assert visitor.last_words == "blue"
+    assert "the star?" not in page.locator("#chat").inner_text()
+
+    page.locator("#chat").get_by_label("Undo").last.click()
+    visitor.wait_for_answers(1)
+    assert visitor.textarea.input_value() == "What color is the circle?"
+    page.locator("#new").click()
+    page.wait_for_selector("#chat button.example")
+    assert page.locator(ANSWER).count() == 0
+    assert visitor.textarea.input_value() == ""
+
+
+def test_words_can_be_copied(visit, images):
+    visitor = visit(permissions=["clipboard-read", "clipboard-write"])
+    visitor.ask(WHERE, images / "visual_grounding_1.jpeg")
+    visitor.page.locator("#chat").get_by_label("Copy message").last.click()
+    visitor.page.wait_for_timeout(300)
+    assert visitor.page.evaluate("navigator.clipboard.readText()") == "red star"
+
+
+def test_settings_reach_the_model(visitor, images):
+    page = visitor.page
+    page.locator("#settings button").first.click()
+
+    def set_number(name, value):
+        field = page.locator(f"#setting-{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+
+    set_number("max_new_tokens", 3)
+    visitor.ask("<|grounding|>Describe the picture.", images / "visual_grounding_1.jpeg")
+    assert "3 new tokens" in visitor.answers.inner_text()
+    assert "cut off" in visitor.answers.inner_text()
+    tokens = int(re.search(r"(\d+) of them for pictures", visitor.answers.inner_text())[1])
+    page.locator("#new").click()
+    page.locator("#setting-use_tiling input").uncheck()
+    set_number("chunk_size", 16)
+    set_number("temperature", 0.8)
+    set_number("seed", 5)
+    visitor.ask("<|grounding|>Describe the picture.", images / "visual_grounding_1.jpeg")
+    assert int(re.search(r"(\d+) of them for pictures", visitor.answers.inner_text())[1]) < tokens
+    assert "get vague" in page.locator("#status").inner_text()
+    page.locator("#settings").scroll_into_view_if_needed()
+    visitor.shoot("settings")
+
+
+def test_history_that_does_not_fit_is_left_out_with_a_notice(visitor, images):
+    page = visitor.page
+    visitor.ask("How many objects are there?", images / "visual_grounding_1.jpeg")
+    page.locator("#settings button").first.click()
+    field = page.locator("#setting-history_tokens input[type=number]")
+    field.fill("64")
+    field.press("Tab")
+    visitor.ask("What color is the star?")
+    assert "first 1 turn(s) are left out, with their pictures" in visitor.answers.last.inner_text()
+    assert "0 of them for pictures" in visitor.answers.last.inner_text()
+
+
+def test_language_follows_the_browser_and_can_be_switched(visit, images):
+    visitor = visit(locale="zh-CN")
+    page = visitor.page
+    assert page.evaluate("document.documentElement.lang") == "zh"
+    assert page.locator("#new").inner_text() == "新对话"
+    assert "已就绪" in page.locator("#model-state").inner_text()
+    visitor.ask(WHERE, images / "visual_grounding_1.jpeg")
+    assert "提示" in visitor.answers.inner_text()
+    visitor.shoot("chinese")
+    visitor.send(" ")
+    assert visitor.message() == "请先输入问题。"
+    page.locator("#language").click()
+    page.wait_for_function("document.documentElement.lang === 'en'")
+    assert page.locator("#new").inner_text() == "New conversation"
+    assert "prompt tokens" in visitor.answers.inner_text()  # what was said before, too
+
+
+def test_light_and_dark(visit):
+    for scheme, is_dark in (("light", False), ("dark", True)):
+        visitor = visit(color_scheme=scheme)
+        body = visitor.page.locator("body")
+        dark = "body => getComputedStyle(document.querySelector('gradio-app, .gradio-container')).backgroundColor"
+        first = body.evaluate(dark)
+        assert ("dark" in (body.get_attribute("class") or "")) == is_dark
+        visitor.page.locator("#theme").click()
+        visitor.page.wait_for_function(f"document.body.classList.contains('dark') === {'false' if is_dark else 'true'}")
+        assert body.evaluate(dark) != first
+
+
+def test_the_keyboard_is_enough(visitor):
+    page = visitor.page
+
+    def reach(selector):
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate("where => !!document.activeElement.closest(where)", selector):
+                return
+        pytest.fail(f"Tab does not reach {selector}")
+
+    page.locator("body").click(position={"x": 2, "y": 2})
+    reach("#chat button.example")
+    page.keyboard.press("Enter")
+    visitor.wait_for_answers(1)
+    reach(".answer-details button.enlarge")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog.enlarged")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog.enlarged", state="detached")
+    reach("#question textarea")
+    page.keyboard.type("How many objects are there?")
+    page.keyboard.press("Enter")
+    visitor.wait_for_answers(2)
+    page.locator("body").click(position={"x": 2, "y": 2})
+    reach("#new")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat button.example")

@@ -1,0 +1,75 @@
+"""web_demo.py's command line: mistakes cost one line, before anything is loaded."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def script(repository):
+    spec = importlib.util.spec_from_file_location("web_demo", repository / "web_demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--port", "99999"], "--port 99999 must be 0 to 65535"),
+        (["--concurrency", "0"], "--concurrency 0"),
+        (["--max-image-mb", "-1"], "--max-image-mb -1"),
+        (["--max-image-mb", "nan"], "--max-image-mb nan"),
+        (["--chunk_size", "0"], "--chunk_size 0"),
+        (["--local_path", "no/such/folder"], "no/such/folder is not a model folder"),
+        (["--auth", "nobody"], "--auth must be USER:PASSWORD"),
+        (["--auth", ":secret"], "--auth must be USER:PASSWORD"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_mistakes_cost_one_line(script, capsys, monkeypatch, arguments, complaint):
+    monkeypatch.setattr(script, "serve", lambda *_: pytest.fail("it was served"))
+    try:
+        code = script.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert complaint in captured.err
+    assert captured.out == ""
+
+
+def test_without_options_it_serves_nano_on_this_machine_only(script):
+    options = script.parse_arguments([])
+    assert (options.model_name, options.local_path, options.ip) == ("nano", None, "127.0.0.1")
+    assert not options.share
+    assert not options.lazy_load
+
+
+def test_an_open_page_without_login_is_warned_of(script, capsys, monkeypatch):
+    served = []
+    monkeypatch.setattr(script, "serve", lambda options, folder: served.append(folder.is_dir()))
+    assert script.main(["--ip", "0.0.0.0"]) == 0
+    assert "--auth" in capsys.readouterr().err
+    assert script.main(["--ip", "0.0.0.0", "--auth", "me:secret"]) == 0
+    assert script.main([]) == 0
+    assert capsys.readouterr().err == ""
+    assert served == [True, True, True]
+
+
+def test_the_reference_s_options_are_all_there_and_in_the_readme(repository):
+    shown = subprocess.run(
+        [sys.executable, repository / "web_demo.py", "--help"], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    options = set(re.findall(r"--[\w-]+", shown)) - {"--help"}
+    reference = {"--model_name", "--local_path", "--chunk_size", "--ip", "--port", "--root_path", "--lazy_load"}
+    assert options >= reference | {"--device", "--dtype", "--share", "--auth", "--max-image-mb", "--concurrency"}
+    assert not [option for option in sorted(options) if f"`{option}" not in readme]
