@@ -76,7 +76,7 @@ def judge_box(sample: Sample, answer: str) -> Judgement:
     """Judges the first box of the answer: right with an IoU of at least 0.5."""
     boxes = found_boxes(sample, answer)
     iou = intersection_over_union(boxes[0], sample.boxes[0]) if boxes and sample.boxes else 0.0
-    return Judgement(float(iou >= IOU_THRESHOLD), bool(boxes), _describe(boxes), boxes, iou=iou)
+    return Judgement(float(iou >= IOU_THRESHOLD), bool(boxes), describe_boxes(boxes), boxes, iou=iou)
 
 
 def judge_boxes(sample: Sample, answer: str) -> Judgement:
@@ -84,7 +84,7 @@ def judge_boxes(sample: Sample, answer: str) -> Judgement:
     boxes, expected = found_boxes(sample, answer), sample.boxes or ()
     counts = count_boxes(boxes, expected)
     iou = sum(match_boxes(boxes, expected)) / len(expected) if expected else None
-    return Judgement(counts.f1, bool(boxes) or not expected, _describe(boxes), boxes, iou=iou, counts=counts)
+    return Judgement(counts.f1, bool(boxes) or not expected, describe_boxes(boxes), boxes, iou=iou, counts=counts)
 
 
 def found_boxes(sample: Sample, answer: str) -> tuple[PixelBox, ...]:
@@ -92,5 +92,6 @@ def found_boxes(sample: Sample, answer: str) -> tuple[PixelBox, ...]:
     return tuple(box.to_pixels(*sample.sizes[-1]) for box in read_grounding(answer).boxes)
 
 
-def _describe(boxes: Sequence[PixelBox]) -> str:
-    return "; ".join(", ".join(f"{value:g}" for value in box) for box in boxes)
+def describe_boxes(boxes: Sequence[PixelBox]) -> str:
+    """Boxes as text, in whole pixels."""
+    return "; ".join(", ".join(f"{value:.0f}" for value in box) for box in boxes)

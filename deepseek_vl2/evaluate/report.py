@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl2.evaluate.judges import describe_boxes
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.io import load_image
@@ -76,7 +77,7 @@ def _numbers(results: dict[str, Any]) -> str:
     interval = overall["interval"]
     cards = [
         (f"{overall['score']:.2f} %", results["metric"]),
-        (f"{interval['low']:.1f} to {interval['high']:.1f} %", f"95 % interval ({interval['method']})"),
+        (_bounds(interval), f"95 % interval ({interval['method']})"),
         *((f"{overall[name]:.2f} %", label) for name, label in _EXTRAS.items() if name in overall),
         *([(str(overall["num_right"]), "right")] if "num_right" in overall else []),
         (str(overall["num_samples"]), "samples"),
@@ -90,6 +91,10 @@ def _numbers(results: dict[str, Any]) -> str:
     return f'<section class="numbers">{inner}</section>'
 
 
+def _bounds(interval: dict[str, Any]) -> str:
+    return f"{interval['low']:.1f}\u2013{interval['high']:.1f}"
+
+
 _EXTRAS = {"mean_iou": "mean IoU", "precision": "precision", "recall": "recall"}
 
 
@@ -98,7 +103,7 @@ def _categories(by_category: dict[str, Any]) -> str:
         return ""
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{numbers["num_samples"]}</td><td>{numbers["score"]:.2f}</td>'
-        f"<td>{numbers['interval']['low']:.1f} to {numbers['interval']['high']:.1f}</td>"
+        f"<td>{_bounds(numbers['interval'])}</td>"
         f"<td>{numbers['num_unreadable']}</td>"
         f'<td class="bar"><div class="track"><span style="width:{numbers["score"]:.2f}%"></span></div></td></tr>'
         for name, numbers in by_category.items()
@@ -117,11 +122,15 @@ def _legend() -> str:
 
 def _example(sample: Sample, record: dict[str, Any]) -> str:
     pictures = "".join(_picture(sample, index, record.get("boxes", ())) for index in range(len(sample.pictures)))
-    entries = [("Answer", record["answer"]), ("Understood", record["understood"])]
-    if sample.answers:
+    entries = [("Answer", record["answer"])]
+    if record["understood"]:
+        entries.append(("Understood", record["understood"]))
+    if "iou" in record or "counts" in record:  # boxes were judged, and those of the answer are understood as pixels
+        entries.append(("Expected", describe_boxes(sample.boxes or ()) or "no box"))
+    elif sample.answers:
         entries.append(("Expected", ", ".join(dict.fromkeys(sample.answers))))
     if "iou" in record:
-        entries.append(("IoU", f"{record['iou']:.3f}"))
+        entries.append(("mean IoU" if "counts" in record else "IoU", f"{record['iou']:.3f}"))
     options = "".join(f"\n{letter}. {option}" for letter, option in sample.options.items())
     listed = "".join(f"<dt>{name}</dt><dd>{escape(_shorten(text))}</dd>" for name, text in entries)
     return (

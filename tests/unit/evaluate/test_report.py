@@ -138,6 +138,23 @@ def test_numbers_and_categories(make):
     assert "prefers-color-scheme: dark" in text
 
 
+def entries(text):
+    """Names and values below the questions."""
+    return re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text.partition("<details>")[0])
+
+
+def test_expected_boxes_are_told_as_the_answers_are_understood(make):
+    write, sample = make
+    boxed = sample("s", boxes=((100.4, 50.0, 300.0, 250.0),), answers=("marks with numbers up to 999",))
+    found = record("s", 0.0, boxes=[[110, 60, 200, 100]], iou=0.09, understood="110, 60, 200, 100")
+    told = [("Answer", "answer s"), ("Understood", "110, 60, 200, 100"), ("Expected", "100, 50, 300, 250")]
+    assert entries(write([boxed], [found])) == [*told, ("IoU", "0.090")]
+    assert entries(write([boxed], [{**found, "counts": [0, 1, 1]}])) == [*told, ("mean IoU", "0.090")]
+    nothing = record("s", 1.0, counts=[0, 0, 0])
+    assert entries(write([sample("s", boxes=())], [nothing])) == [("Answer", "answer s"), ("Expected", "no box")]
+    assert entries(write([sample("s", answers=("a", "b", "a"))], [record("s", 0.0)]))[1] == ("Expected", "a, b")
+
+
 def test_without_pictures_and_categories(make):
     write, sample = make
     page = Outline(write([sample("s", pictures=(), sizes=())], [record("s", 0.5)]))
