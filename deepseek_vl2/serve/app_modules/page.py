@@ -253,7 +253,7 @@ class Demo:
             question = session.turns[-1].question
             session.remove_last()
         if question is not None:
-            question = Question(str(event.value), question.pictures)
+            question = Question(rendering.from_markup(str(event.value)), question.pictures)
         async for output in self._converse(question, values, request):
             yield output
 
