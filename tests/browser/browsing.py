@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
-TIMEOUT = 180.0  # seconds; generous, for machines that do other work too
+TIMEOUT = 60.0  # seconds; generous, for machines that do other work too
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 ANSWER = "#chat .bot .answer-details"
+WORDS = "#chat .message.bot:not(.html)"
 
 
 def wait_until(condition, timeout=TIMEOUT):
@@ -52,11 +53,13 @@ class Visitor:
     @property
     def last_words(self):
         """The words of the last answer, without pictures and figures."""
-        return self.page.locator("#chat .message.bot:not(.html)").last.inner_text().strip()
+        return self.page.locator(WORDS).last.inner_text().strip()
 
     def add_pictures(self, *paths):
         count = self.thumbnails.count()
-        self.page.locator("#question input[type=file]").set_input_files([str(path) for path in paths])
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("#question .upload-button").click()
+        chooser.value.set_files([str(path) for path in paths])
         self.page.wait_for_function(
             "count => document.querySelectorAll('#question .thumbnail-item').length >= count", arg=count + len(paths)
         )
@@ -83,6 +86,22 @@ class Visitor:
             "([where, count]) => document.querySelectorAll(where).length === count", arg=[ANSWER, count]
         )
         self.page.wait_for_selector("#question .submit-button")
+
+    def wait_for_words(self, words):
+        """Waits for an answer that is just these words."""
+        self.page.wait_for_function(
+            "([where, words]) => [...document.querySelectorAll(where)].at(-1)?.innerText.trim() === words",
+            arg=[WORDS, words],
+        )
+
+    def button(self, name):
+        """The last of gradio's own buttons of that name in the conversation."""
+        return self.page.locator(f'#chat button[aria-label="{name}"]:visible').last
+
+    def start_anew(self):
+        """Begins a new conversation."""
+        self.page.locator("#new").click()
+        self.page.wait_for_selector("#chat button.example")
 
     def message(self):
         """What the page says about the last question."""

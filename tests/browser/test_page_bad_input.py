@@ -22,12 +22,14 @@ def chat(demo, chromium):
 @pytest.fixture
 def then_it_works(chat, images):
     """After the test, a question is answered in the same conversation."""
-    chat.page.locator("#new").click()
-    chat.page.wait_for_selector("#chat button.example")
+    chat.start_anew()
     yield
     if chat.thumbnails.count() or chat.textarea.input_value():
         chat.page.locator("#new").click()
-        chat.page.wait_for_function("document.querySelectorAll('#question .thumbnail-item').length === 0")
+        chat.page.wait_for_function(
+            "document.querySelector('#question textarea').value + "
+            "document.querySelectorAll('#question .thumbnail-item').length === '0'"
+        )
     chat.ask("How many objects are there?", images / "visual_grounding_1.jpeg")
     assert chat.last_words.isdigit()
     assert chat.page.locator("#status [role=alert]").count() == 0
@@ -48,8 +50,7 @@ def test_text_without_pictures_is_answered(chat, then_it_works):
     before = chat.answers.count()
     chat.ask("What color is the star?")
     assert "0 of them for pictures" in chat.answers.nth(before).inner_text()
-    chat.page.locator("#new").click()
-    chat.page.wait_for_selector("#chat button.example")
+    chat.start_anew()
 
 
 def test_thirty_pictures(chat, then_it_works, images, tmp_path):
@@ -65,8 +66,7 @@ def test_a_file_of_200_megabytes(chat, then_it_works, tmp_path):
     huge = tmp_path / "huge.png"
     with huge.open("wb") as file:
         file.truncate(200 * 2**20)
-    # Chromium's driver refuses to hand over so much at once, but takes the path.
-    chat.page.locator("#question input[type=file]").set_input_files(str(huge))
+    chat.page.locator("#question input[type=file]").set_input_files(huge)
     toast = chat.page.get_by_text("maximum allowed size").first
     toast.wait_for()
     chat.shoot("too-big")
@@ -97,14 +97,24 @@ def test_a_picture_of_50000_by_50000(chat, then_it_works, tmp_path):
 
 
 def test_html_and_markdown_are_shown_as_text(chat, then_it_works):
-    chat.ask(SCRIPT)
     page = chat.page
-    assert page.title() == "DeepSeek-VL2"
-    assert SCRIPT in page.locator("#chat .message.user").last.inner_text()
+    chat.ask(SCRIPT)
+    asked = page.locator("#chat .message.user").last
+    assert asked.inner_text().strip() == SCRIPT
     assert page.locator("#chat .message.user img, #chat .message strong, #chat .katex").count() == 0
     chat.shoot("script-as-text")
-    page.locator("#new").click()
-    page.wait_for_selector("#chat button.example")
+    chat.button("Edit").click()
+    page.locator("#chat textarea").press("End")
+    page.keyboard.type(" <b>again</b>")
+    chat.button("Submit").click()
+    page.wait_for_function("document.querySelector('#chat .message.user').innerText.includes('again')")
+    chat.wait_for_answers(1)
+    page.wait_for_function(
+        "text => [...document.querySelectorAll('#chat .message.user')].at(-1).innerText.trim() === text",
+        arg=f"{SCRIPT} <b>again</b>",
+    )
+    assert page.title() == "DeepSeek-VL2", "the script was run"
+    chat.start_anew()
 
 
 def test_a_prompt_longer_than_the_context(chat, then_it_works):

@@ -32,8 +32,7 @@ def test_every_example_is_answered_with_one_click(visit, demo, window):
             assert visitor.answers.locator("tbody tr").count() >= 1
             assert visitor.answers.locator(".pictures img").count() == 1
         visitor.shoot(f"{window}-example-{number + 1}")
-        page.locator("#new").click()
-        page.wait_for_selector("#chat button.example")
+        visitor.start_anew()
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= WINDOWS[window]["width"], "the page is wider than the window"
     assert visitor.outside_requests == []
@@ -115,41 +114,44 @@ def test_boxes_can_be_enlarged_and_downloaded(visitor, images):
     assert picture.evaluate("button => button === document.activeElement")
 
 
-def test_the_last_turn_can_be_repeated_changed_and_removed(visitor, images):
+def test_the_last_turn_can_be_repeated_changed_and_removed(visitor, slow_model, images):
     page = visitor.page
     visitor.ask("How many objects are there?", images / "visual_grounding_1.jpeg")
     first = visitor.last_words
-    page.locator("#chat").get_by_label("Retry").last.click()
-    page.wait_for_selector("#question .stop-button, #question .submit-button")
+    slow_model(token=0.3)  # so that the answer can be seen to go and come back
+    visitor.button("Retry").click()
+    page.wait_for_selector("#question .stop-button")
+    assert visitor.answers.count() == 0
+    slow_model.stop()
     visitor.wait_for_answers(1)
     assert visitor.last_words == first  # greedy
 
     visitor.ask("What color is the star?")
     assert visitor.last_words == "red"
-    page.locator("#chat").get_by_label("Edit").last.click()
-    area = page.locator("#chat textarea")
-    area.fill("What color is the circle?")
-    page.locator("#chat").get_by_label("Submit").click()
-    page.wait_for_function("document.querySelector('#chat').innerText.includes('the circle?')")
+    visitor.button("Edit").click()
+    page.locator("#chat textarea").fill("What color is the circle?")
+    visitor.button("Submit").click()
+    visitor.wait_for_words("blue")
     visitor.wait_for_answers(2)
-    assert visitor.last_words == "blue"
+    assert "the circle?" in page.locator("#chat").inner_text()
     assert "the star?" not in page.locator("#chat").inner_text()
 
-    page.locator("#chat").get_by_label("Undo").last.click()
+    visitor.button("Undo").click()
     visitor.wait_for_answers(1)
-    assert visitor.textarea.input_value() == "What color is the circle?"
-    page.locator("#new").click()
-    page.wait_for_selector("#chat button.example")
+    page.wait_for_function("document.querySelector('#question textarea').value === 'What color is the circle?'")
+    visitor.start_anew()
     assert page.locator(ANSWER).count() == 0
     assert visitor.textarea.input_value() == ""
 
 
-def test_words_can_be_copied(visit, images):
+def test_words_can_be_copied_as_they_were_written(visit):
     visitor = visit(permissions=["clipboard-read", "clipboard-write"])
-    visitor.ask(WHERE, images / "visual_grounding_1.jpeg")
-    visitor.page.locator("#chat").get_by_label("Copy message").last.click()
-    visitor.page.wait_for_timeout(300)
-    assert visitor.page.evaluate("navigator.clipboard.readText()") == "red star"
+    for words in (WHERE, "<b>bold</b> &lt; a & b"):
+        visitor.ask(words)
+        visitor.page.locator('#chat .user-row + * button[aria-label="Copy message"]').last.click()
+        visitor.page.wait_for_function(
+            "words => navigator.clipboard.readText().then(text => text === words)", arg=words
+        )
 
 
 def test_settings_reach_the_model(visitor, images):
@@ -166,7 +168,7 @@ def test_settings_reach_the_model(visitor, images):
     assert "3 new tokens" in visitor.answers.inner_text()
     assert "cut off" in visitor.answers.inner_text()
     tokens = int(re.search(r"(\d+) of them for pictures", visitor.answers.inner_text())[1])
-    page.locator("#new").click()
+    visitor.start_anew()
     page.locator("#setting-use_tiling input").uncheck()
     set_number("chunk_size", 16)
     set_number("temperature", 0.8)

@@ -54,11 +54,12 @@ def test_the_endpoint_streams_and_can_be_cancelled(client, demo, slow_model, ima
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"temperature": 5}, "5"),
-        ({"top_p": 0}, "0"),
-        ({"max_new_tokens": 10**6}, "1000000"),
-        ({"chunk_size": -7}, "-7"),
-        ({"seed": -5}, "-5"),
+        ({"temperature": 5}, r"temperature is 5; it must be 0 to 1\."),
+        ({"top_p": 0}, r"top_p is 0; it must be 0\.05 to 1\."),
+        ({"max_new_tokens": 10**6}, r"max_new_tokens is 1000000; it must be 1 to 2048\."),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; it must be a whole number\."),
+        ({"chunk_size": -7}, r"chunk_size is -7"),
+        ({"seed": -5}, r"seed is -5"),
     ],
 )
 def test_parameters_out_of_range_are_refused(client, options, complaint):

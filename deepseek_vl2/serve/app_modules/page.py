@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ class Demo:
             question = session.turns[-1].question
             session.remove_last()
         if question is not None:
-            question = Question(str(event.value), question.pictures)
+            question = Question(rendering.from_markup(str(event.value)), question.pictures)
         async for output in self._converse(question, values, request):
             yield output
 
@@ -378,10 +379,17 @@ class Demo:
     def _build_api(self) -> None:
         message = gr.MultimodalTextbox(visible=False, file_count="multiple", label="message")
         new = gr.Checkbox(False, visible=False, label="new_conversation")
+        # Not the page's own sliders: what is out of range is to be named by `Settings.checked`.
+        values = [
+            gr.Checkbox(default, visible=False, label=name)
+            if isinstance(default, bool)
+            else gr.Number(default, visible=False, label=name)
+            for name, default in asdict(self.defaults).items()
+        ]
         result = gr.JSON(visible=False, label="result")
         gr.Button(visible=False).click(
             self.chat_endpoint,
-            [message, new, *self.settings.values()],
+            [message, new, *values],
             result,
             api_name="chat",
             api_description="Answer a question about pictures. Each client has a conversation of its own.",

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from deepseek_vl2.serve.app_modules.engine import (
 )
 from deepseek_vl2.serve.app_modules.texts import text
 
+_TAG_START = re.compile(r"<(?=[A-Za-z/!?])")
+_ENTITY_START = re.compile(r"&(?=[A-Za-z#])")
+_ESCAPED = re.compile(r"&lt;|&amp;")
 _MODEL_TEXTS = {
     IDLE: "model_idle",
     LIBRARIES: "model_libraries",
@@ -76,8 +80,22 @@ def _figure(path: str, description: str, language: str, is_download: bool = Fals
 
 
 def _plain(content: str) -> dict[str, str]:
-    """Text that gradio takes as it is."""
-    return {"type": "text", "text": content}
+    """Text that is shown as it is."""
+    return {"type": "text", "text": as_markup(content)}
+
+
+def as_markup(content: str) -> str:
+    """Write text so that gradio shows it as it is.
+
+    gradio takes every text for HTML, Markdown or not, and leaves out what looks dangerous. Only what HTML would read as
+    a tag or an entity is changed, so that other text can be copied and edited as it stands.
+    """
+    return _TAG_START.sub("&lt;", _ENTITY_START.sub("&amp;", content))
+
+
+def from_markup(content: str) -> str:
+    """Take back what `as_markup` did; page.js does the same to what is copied."""
+    return _ESCAPED.sub(lambda found: {"&lt;": "<", "&amp;": "&"}[found[0]], content)
 
 
 def _answer_parts(answer: Answer, language: str) -> list[Any]:

@@ -107,7 +107,7 @@ def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=_SYSTEM_FONTS, font_mono=_MONO_FONTS),
+        theme=_theme(),
         css_paths=[ASSETS / "page.css"],
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
     )
@@ -116,5 +116,20 @@ def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
     return blocks
 
 
-_SYSTEM_FONTS = ["system-ui", "sans-serif"]
-_MONO_FONTS = ["ui-monospace", "monospace"]
+def _theme() -> gr.themes.Base:
+    """Fonts of the user's own machine, and colours with enough contrast for everybody."""
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+    )

@@ -26,3 +26,18 @@ function showEnlarged(picture, opener) {
   document.querySelector(".gradio-container").append(dialog);
   dialog.showModal();
 }
+
+// What is copied from the conversation is text, as it was written: see `from_markup` of rendering.py.
+if (navigator.clipboard) {
+  const writeText = navigator.clipboard.writeText.bind(navigator.clipboard);
+  navigator.clipboard.writeText = (text) =>
+    writeText(text.replace(/&lt;|&amp;/g, (found) => (found === "&lt;" ? "<" : "&")));
+}
+
+// gradio calls the example questions a list of no entries, and thumbnails entries of no list: both are errors for screen
+// readers.
+new MutationObserver(() => {
+  for (const part of document.querySelectorAll('.examples[role="list"], .thumbnail-wrapper[role="listitem"]')) {
+    part.setAttribute("role", "group");
+  }
+}).observe(document.documentElement, { childList: true, subtree: true });

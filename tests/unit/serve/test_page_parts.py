@@ -181,8 +181,8 @@ def html_of(part):
 def test_what_users_and_model_write_is_shown_as_text():
     messages = rendering.chat_messages(session_with(full_answer(), ('/up/"><b>.png',)))
     asked, answered = messages
-    assert asked["content"][1] == {"type": "text", "text": SCRIPT}
-    assert answered["content"][0] == {"type": "text", "text": SCRIPT}
+    for part in (asked["content"][1], answered["content"][0]):
+        assert part == {"type": "text", "text": SCRIPT.replace("<", "&lt;")}
     for markup in (html_of(asked["content"][0]), html_of(answered["content"][1])):
         assert "<script" not in markup
         assert "onerror=alert" not in re.sub(r"&lt;.*?&gt;", "", markup)
@@ -190,6 +190,21 @@ def test_what_users_and_model_write_is_shown_as_text():
     for line in (rendering.error_line(SCRIPT), rendering.notice_line(SCRIPT)):
         assert "<script" not in line
     assert "<script" not in rendering.model_line(LoadState(FAILED, reason=SCRIPT), SCRIPT, ENGLISH)
+
+
+@pytest.mark.parametrize(
+    ("text", "markup"),
+    [
+        ("<|ref|>a star<|/ref|>. 1 < 2 && 3 > 2", None),
+        (SCRIPT, SCRIPT.replace("<", "&lt;")),
+        ("<!-- a --> </p> <?x ?> <svg/onload=a>", "&lt;!-- a --> &lt;/p> &lt;?x ?> &lt;svg/onload=a>"),
+        ("&lt; &amp; &copy &#60; a&b", "&amp;lt; &amp;amp; &amp;copy &amp;#60; a&amp;b"),
+        ("<<b", "<&lt;b"),
+    ],
+)
+def test_only_tags_and_entities_are_escaped_and_come_back(text, markup):
+    assert rendering.as_markup(text) == (text if markup is None else markup)
+    assert rendering.from_markup(rendering.as_markup(text)) == text
 
 
 def test_an_answer_shows_pictures_boxes_notes_and_figures():
