@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_vl2.evaluate import runner
 from deepseek_vl2.evaluate.__main__ import main
-from deepseek_vl2.nano.questions import EVAL_SPLIT, example_at
+from deepseek_vl2.nano.tasks import EVAL_SPLIT, example_at
 
 pytestmark = pytest.mark.e2e
 
@@ -23,8 +23,8 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for index in range(NUM_SAMPLES):
-        example = example_at(EVAL_SPLIT, index, {"locate": 1.0})
-        example.scene.draw().save(folder / f"{index}.png")
+        example = example_at(EVAL_SPLIT, index, "locate")
+        example.scenes[0].draw().save(folder / f"{index}.png")
         question = {"role": "<|User|>", "content": f"<image>\n{example.question}", "images": [f"{index}.png"]}
         boxes = [list(box) for box in example.boxes]
         lines.append({"id": index, "messages": [question], "boxes": boxes, "category": f"part {index % 2}"})

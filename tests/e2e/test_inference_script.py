@@ -301,7 +301,10 @@ def test_no_positions_left(run, checkpoint, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     done = run("--prompt", "red " * 80, "--max_new_tokens", 400, model=folder)
     assert done.code == 0
-    assert len(done.err) == 1 and "of the prompt the model has no positions left; ask with less" in done.err[0]
+    # What a model that has learnt nothing says may also be cut off within a box, which has a warning of its own.
+    about_length = [line for line in done.err if "is not closed" not in line]
+    assert len(about_length) == 1
+    assert "of the prompt the model has no positions left; ask with less" in about_length[0]
 
 
 def huge_png():

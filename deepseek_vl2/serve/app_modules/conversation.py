@@ -4,12 +4,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepseek_vl2.serve.app_modules.texts import ENGLISH
-
-if TYPE_CHECKING:
-    from deepseek_vl2.serve.app_modules.engine import Job
 
 MAX_SESSIONS = 500
 
@@ -141,7 +138,7 @@ class Session:
 
     turns: list[Turn] = field(default_factory=list)
     num_left_out: int = 0
-    job: "Job | None" = None
+    job: Any = None
     language: str = ENGLISH
 
     def clear(self) -> None:

@@ -9,7 +9,7 @@ from deepseek_vl2.evaluate.readers import read_samples
 from deepseek_vl2.evaluate.tasks import TASKS as JUDGES
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, USER
 from deepseek_vl2.nano import evaluate
-from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
+from deepseek_vl2.nano.architecture import nano_config, nano_processor, untrained_nano
 from deepseek_vl2.nano.evaluate import (
     MAX_NEW_TOKENS,
     TABLE_END,
@@ -76,7 +76,9 @@ def test_the_expected_answer_is_judged_right_and_has_room(tmp_path, task):
 
 def test_training_reads_the_same_file(tmp_path):
     examples = [example_at("test", 0, task) for task in TASKS]
-    samples = read_training_samples(write_examples(examples, tmp_path), ConversationEncoder(nano_processor()))
+    processor = nano_processor()
+    language_config = nano_config(processor.tokenizer).language_config
+    samples = read_training_samples(write_examples(examples, tmp_path), ConversationEncoder(processor, language_config))
     assert len(samples) == len(examples)
 
 
