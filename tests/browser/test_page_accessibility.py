@@ -1,11 +1,12 @@
 """axe-core finds no serious error on the page, empty and with a conversation, light and dark."""
 
 import pytest
-from axe_core_python.sync_playwright import Axe
 from browsing import DESKTOP, PHONE
 
 
 def serious(page):
+    from axe_core_python.sync_playwright import Axe  # of the extra `browser`, which other tests do without
+
     violations = Axe().run(page)["violations"]
     return {
         f"{violation['id']} ({violation['impact']})": [node["html"][:200] for node in violation["nodes"]][:4]
