@@ -16,9 +16,9 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Question, Statistics, Turn
 from deepseek_vl2.serve.app_modules.engine import ANSWERING, LOADING, WEIGHTS, Job, LoadState, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
 from deepseek_vl2.serve.app_modules.settings import BY_CHANCE
 from deepseek_vl2.serve.app_modules.texts import UserError
-from deepseek_vl2.serve.app_modules.utils import LOGGER_NAME
 from deepseek_vl2.serve.box_owners import OwnedBox, assign_boxes
 from deepseek_vl2.serve.grounding import draw_boxes, read_grounding, strip_grounding
 from deepseek_vl2.serve.inference import sampling_options

@@ -11,12 +11,13 @@ from typing import Any
 import gradio as gr
 
 from deepseek_vl2.serve.app_modules import rendering
-from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Session, Sessions, Turn
+from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Turn
 from deepseek_vl2.serve.app_modules.engine import EXPECTED_ERRORS, FAILED, IDLE, READY, Engine, Job, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
+from deepseek_vl2.serve.app_modules.sessions import Session, Sessions
 from deepseek_vl2.serve.app_modules.settings import NAMES, RANGES, Settings
 from deepseek_vl2.serve.app_modules.texts import CHINESE, ENGLISH, UserError, preferred_language, text
-from deepseek_vl2.serve.app_modules.utils import LOGGER_NAME
 from deepseek_vl2.serve.examples import ExampleQuestion, available_examples
 
 logger = logging.getLogger(LOGGER_NAME)

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Session, Turn
+from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Turn
 from deepseek_vl2.serve.app_modules.engine import (
     ANSWERING,
     FAILED,
@@ -24,6 +24,7 @@ from deepseek_vl2.serve.app_modules.engine import (
     Job,
     LoadState,
 )
+from deepseek_vl2.serve.app_modules.sessions import Session
 from deepseek_vl2.serve.app_modules.texts import text
 
 _TAG_START = re.compile(r"<(?=[A-Za-z/!?])")

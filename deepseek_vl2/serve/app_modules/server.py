@@ -12,9 +12,9 @@ import gradio as gr
 
 from deepseek_vl2.serve.app_modules.engine import Answerer, Engine, LoadState
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.logs import configure_logger
 from deepseek_vl2.serve.app_modules.page import Demo
 from deepseek_vl2.serve.app_modules.settings import Settings
-from deepseek_vl2.serve.app_modules.utils import configure_logger
 from deepseek_vl2.serve.examples import available_examples
 
 ASSETS = Path(__file__).parent.parent / "assets"

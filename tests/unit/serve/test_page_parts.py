@@ -9,9 +9,10 @@ from PIL import Image
 
 from deepseek_vl2.serve.app_modules import rendering, texts
 from deepseek_vl2.serve.app_modules.answering import load_upload
-from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Question, Session, Statistics, Turn
+from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Question, Statistics, Turn
 from deepseek_vl2.serve.app_modules.engine import FAILED, WEIGHTS, LoadState
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.sessions import Session
 from deepseek_vl2.serve.app_modules.settings import NAMES, RANGES, Settings
 from deepseek_vl2.serve.app_modules.texts import CHINESE, ENGLISH, UserError
 from deepseek_vl2.serve.box_owners import assign_boxes
