@@ -13,7 +13,7 @@ WINDOWS = {"desktop": DESKTOP, "phone": PHONE}
 
 
 @pytest.mark.parametrize("window", ["desktop", "phone"])
-def test_every_example_is_answered_with_one_click(visit, demo, window):
+def test_every_example_is_answered_with_one_click(visit, demo, images, window):
     visitor = visit(viewport=WINDOWS[window], is_mobile=window == "phone", has_touch=window == "phone")
     page = visitor.page
     assert page.title() == "DeepSeek-VL2"
@@ -33,6 +33,9 @@ def test_every_example_is_answered_with_one_click(visit, demo, window):
             assert visitor.answers.locator(".pictures img").count() == 1
         visitor.shoot(f"{window}-example-{number + 1}")
         visitor.start_anew()
+    visitor.add_pictures(images / "visual_grounding_1.jpeg")
+    send = page.locator("#question .submit-button").bounding_box()
+    assert send["y"] + send["height"] <= WINDOWS[window]["height"], "the button to send is out of view"
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= WINDOWS[window]["width"], "the page is wider than the window"
     assert visitor.outside_requests == []
