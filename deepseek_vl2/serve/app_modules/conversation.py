@@ -1,6 +1,7 @@
 """What users ask and what they get: plain data, without the model's libraries, so that the page comes up at once."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -96,6 +97,13 @@ class Answer:
     was_stopped: bool = False
     is_cut_off: bool = False
 
+    def delete_files(self) -> None:
+        """Delete the pictures with boxes, and the folders that each of them has for itself."""
+        for _, path in self.marked_pictures:
+            Path(path).unlink(missing_ok=True)
+            if Path(path).parent.is_dir():
+                Path(path).parent.rmdir()
+
     def to_dict(self) -> dict[str, Any]:
         """Give it in a form for JSON."""
         return {
@@ -116,3 +124,8 @@ class Turn:
 
     question: Question
     answer: Answer | None = None
+
+    def delete_files(self) -> None:
+        """Delete what was made for its answer."""
+        if self.answer is not None:
+            self.answer.delete_files()

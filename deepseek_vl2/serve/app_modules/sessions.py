@@ -21,23 +21,28 @@ class Session:
         num_left_out: turns at its beginning that had no room once; they are not tried again.
         job: the answer that is being made.
         language: of the page.
+        file_address: what a file's path is put behind, to be fetched.
     """
 
     turns: list[Turn] = field(default_factory=list)
     num_left_out: int = 0
     job: Job | None = None
     language: str = ENGLISH
+    file_address: str = "gradio_api/file="
 
     def clear(self) -> None:
-        """Begin a new conversation."""
+        """Begin a new conversation, and delete what was made for the old one."""
+        for turn in self.turns:
+            turn.delete_files()
         self.turns.clear()
         self.num_left_out = 0
 
     def remove_last(self) -> Turn | None:
-        """Take the last turn away."""
+        """Take the last turn away, and delete what was made for it."""
         if not self.turns:
             return None
         turn = self.turns.pop()
+        turn.delete_files()
         self.num_left_out = min(self.num_left_out, len(self.turns))
         return turn
 

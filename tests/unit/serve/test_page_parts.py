@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -222,6 +223,28 @@ def test_an_answer_shows_pictures_boxes_notes_and_figures():
     assert "108 prompt tokens, 93 of them for pictures · first token after 0.50 s · 8.0 tokens/s" in markup
     chinese = rendering.chat_messages(session_with(full_answer(num_left_out=2), language=CHINESE))[1]
     assert "最早的 2 轮" in html_of(chinese["content"][1])
+
+
+def test_behind_a_proxy_pictures_are_fetched_from_its_path():
+    session = session_with(pictures=("/up/a.png",))
+    session.file_address = "/demo/gradio_api/file="
+    assert 'src="/demo/gradio_api/file=/up/a.png"' in html_of(rendering.chat_messages(session)[0]["content"][0])
+
+
+def test_pictures_with_boxes_are_deleted_with_their_turns(tmp_path):
+    def turn(name):
+        path = tmp_path / name / "boxes_1.jpg"
+        path.parent.mkdir()
+        path.touch()
+        return Turn(Question("?"), replace(full_answer(), marked_pictures=((1, str(path)),)))
+
+    session = Session([turn("a"), turn("b"), turn("c")])
+    session.remove_last()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    session.clear()
+    assert list(tmp_path.iterdir()) == []
+    turn("d").delete_files()
+    Turn(Question("?")).delete_files()
 
 
 def test_loading_shows_its_progress():
