@@ -39,6 +39,9 @@ def expand(rows):
     return torch.tensor([[value for value, count in row for _ in range(count)] for row in rows])
 
 
+EIGHT_BIT_STEP = 1 / 255 / 0.5  # after normalization
+
+
 def run(case, tokenizer, **kwargs):
     processor = DeepseekVLV2Processor(tokenizer, **{**CONFIG, **case["init"]})
     images = [picture(**item) for item in case["images"]]
@@ -63,7 +66,10 @@ def assert_same(batch, recorded, padding, processor):
     assert batch.seq_lens == recorded["seq_lens"]
     assert list(batch.images.shape) == recorded["images_shape"]
     pixels = batch.images[..., list(ROWS), list(COLUMNS)].transpose(-1, -2)  # [B, V, positions, 3]
-    torch.testing.assert_close(pixels, torch.tensor(recorded["pixels"]), atol=1e-5, rtol=0)
+    # Versions of Pillow round a few pixels of a shrunk picture up or down: gradio needs Pillow 12, which does so here.
+    difference = (pixels - torch.tensor(recorded["pixels"])).abs()
+    assert difference.max() < EIGHT_BIT_STEP + 1e-5
+    assert (difference > 1e-5).double().mean() < 0.02
     means = batch.images.double().mean(dim=(2, 3, 4)).float()
     torch.testing.assert_close(means, torch.tensor(recorded["tile_means"]), atol=1e-5, rtol=0)
 

@@ -93,6 +93,8 @@ def test_limits_count_and_weigh_uploads(tmp_path):
 
 
 def test_uploads_must_be_pictures_and_messages_keep_the_path_secret(tmp_path):
+    tmp_path = tmp_path / ("long" * 40)
+    tmp_path.mkdir()
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (300, 200)).save(tmp_path / "wide.png")
     limits = UploadLimits(max_pixels=50_000)
@@ -101,7 +103,7 @@ def test_uploads_must_be_pictures_and_messages_keep_the_path_secret(tmp_path):
             load_upload(str(tmp_path / name), limits)
         assert name in str(caught.value)
         assert reason in str(caught.value)
-        assert str(tmp_path) not in str(caught.value)
+        assert "long" not in str(caught.value)
     assert load_upload(str(tmp_path / "wide.png"), UploadLimits()).size == (300, 200)
 
 
