@@ -87,6 +87,18 @@ class Visitor:
         )
         self.page.wait_for_selector("#question .submit-button")
 
+    def open_settings(self):
+        self.page.locator("#settings button").first.click()
+        self.page.wait_for_selector("#setting-seed input")
+        self.page.wait_for_timeout(500)  # gradio fills fields in after it has shown them
+
+    def set_number(self, name, value):
+        """Changes a number of the settings."""
+        field = self.page.locator(f"#setting-{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+        assert field.input_value() == str(value)
+
     def wait_for_words(self, words):
         """Waits for an answer that is just these words."""
         self.page.wait_for_function(

@@ -1,7 +1,6 @@
 """Drives the web demo in Debian's Chromium: one server with nano and one browser for all tests of this folder."""
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
@@ -31,10 +30,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="package")
 def served_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    yield folder
-    del os.environ["GRADIO_TEMP_DIR"], os.environ["GRADIO_ANALYTICS_ENABLED"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "1")  # seconds until an idle page that was closed is noticed
+        yield folder
 
 
 @pytest.fixture(scope="package")

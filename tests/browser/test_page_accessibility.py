@@ -20,8 +20,7 @@ def test_no_serious_accessibility_errors(visit, images, window, scheme):
     visitor = visit(viewport=window, color_scheme=scheme)
     assert serious(visitor.page) == {}
     visitor.ask("<|ref|>The red star.<|/ref|>.", images / "visual_grounding_1.jpeg")
-    visitor.page.locator("#settings button").first.click()
-    visitor.page.wait_for_selector("#setting-seed input")
+    visitor.open_settings()
     visitor.add_pictures(images / "visual_grounding_2.jpeg")
     visitor.send(" ")
     visitor.message()

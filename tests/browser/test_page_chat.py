@@ -13,7 +13,7 @@ WINDOWS = {"desktop": DESKTOP, "phone": PHONE}
 
 
 @pytest.mark.parametrize("window", ["desktop", "phone"])
-def test_every_example_is_answered_with_one_click(visit, demo, window):
+def test_every_example_is_answered_with_one_click(visit, demo, images, window):
     visitor = visit(viewport=WINDOWS[window], is_mobile=window == "phone", has_touch=window == "phone")
     page = visitor.page
     assert page.title() == "DeepSeek-VL2"
@@ -33,6 +33,9 @@ def test_every_example_is_answered_with_one_click(visit, demo, window):
             assert visitor.answers.locator(".pictures img").count() == 1
         visitor.shoot(f"{window}-example-{number + 1}")
         visitor.start_anew()
+    visitor.add_pictures(images / "visual_grounding_1.jpeg")
+    send = page.locator("#question .submit-button").bounding_box()
+    assert send["y"] + send["height"] <= WINDOWS[window]["height"], "the button to send is out of view"
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= WINDOWS[window]["width"], "the page is wider than the window"
     assert visitor.outside_requests == []
@@ -156,23 +159,17 @@ def test_words_can_be_copied_as_they_were_written(visit):
 
 def test_settings_reach_the_model(visitor, images):
     page = visitor.page
-    page.locator("#settings button").first.click()
-
-    def set_number(name, value):
-        field = page.locator(f"#setting-{name} input[type=number]")
-        field.fill(str(value))
-        field.press("Tab")
-
-    set_number("max_new_tokens", 3)
+    visitor.open_settings()
+    visitor.set_number("max_new_tokens", 3)
     visitor.ask("<|grounding|>Describe the picture.", images / "visual_grounding_1.jpeg")
     assert "3 new tokens" in visitor.answers.inner_text()
     assert "cut off" in visitor.answers.inner_text()
     tokens = int(re.search(r"(\d+) of them for pictures", visitor.answers.inner_text())[1])
     visitor.start_anew()
     page.locator("#setting-use_tiling input").uncheck()
-    set_number("chunk_size", 16)
-    set_number("temperature", 0.8)
-    set_number("seed", 5)
+    visitor.set_number("chunk_size", 16)
+    visitor.set_number("temperature", 0.8)
+    visitor.set_number("seed", 5)
     visitor.ask("<|grounding|>Describe the picture.", images / "visual_grounding_1.jpeg")
     assert int(re.search(r"(\d+) of them for pictures", visitor.answers.inner_text())[1]) < tokens
     assert "get vague" in page.locator("#status").inner_text()
@@ -181,12 +178,9 @@ def test_settings_reach_the_model(visitor, images):
 
 
 def test_history_that_does_not_fit_is_left_out_with_a_notice(visitor, images):
-    page = visitor.page
     visitor.ask("How many objects are there?", images / "visual_grounding_1.jpeg")
-    page.locator("#settings button").first.click()
-    field = page.locator("#setting-history_tokens input[type=number]")
-    field.fill("64")
-    field.press("Tab")
+    visitor.open_settings()
+    visitor.set_number("history_tokens", 64)
     visitor.ask("What color is the star?")
     assert "first 1 turn(s) are left out, with their pictures" in visitor.answers.last.inner_text()
     assert "0 of them for pictures" in visitor.answers.last.inner_text()

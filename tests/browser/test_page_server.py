@@ -14,7 +14,7 @@ WHERE = "<|ref|>The red star.<|/ref|>."
 
 @pytest.fixture(scope="module")
 def client(demo):
-    client = Client(demo.address, verbose=False)
+    client = Client(demo.address, verbose=False, httpx_kwargs={"timeout": TIMEOUT})
     yield client
     client.close()
 

@@ -9,7 +9,7 @@ from browsing import TIMEOUT, wait_until
 from gradio_client import Client, handle_file
 from PIL import Image, ImageDraw
 
-NUM_USERS = int(os.environ.get("SOAK_USERS", "6"))
+NUM_USERS = 20
 NUM_TURNS = 3
 MEGABYTE = 2**20
 
@@ -38,7 +38,7 @@ class User(threading.Thread):
         self.results = []
 
     def run(self):
-        client = Client(self.address, verbose=False)
+        client = Client(self.address, verbose=False, httpx_kwargs={"timeout": TIMEOUT})
         for turn in range(NUM_TURNS):
             files = [handle_file(str(self.picture))] if turn == 0 else []
             text = "Describe the picture. " + "red " * self.number  # its length tells the user

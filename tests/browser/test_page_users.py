@@ -84,6 +84,16 @@ def test_a_closed_tab_ends_its_answer(visit, demo, slow_model):
     staying.wait_for_answers(1)
 
 
+def test_what_was_made_for_a_user_goes_with_the_user(visit, demo, served_folder, images):
+    made = set(served_folder.rglob("boxes_*.jpg"))
+    visitor = visit()
+    for count in range(1, 3):
+        visitor.ask(WHERE, images / "visual_grounding_1.jpeg")
+        assert len(set(served_folder.rglob("boxes_*.jpg")) - made) == count
+    visitor.page.close()
+    wait_until(lambda: not set(served_folder.rglob("boxes_*.jpg")) - made)
+
+
 def test_a_reload_in_mid_answer_begins_anew(visit, demo, slow_model, images):
     slow_model(token=1.0)
     visitor = visit()

@@ -73,3 +73,13 @@ def test_the_reference_s_options_are_all_there_and_in_the_readme(repository):
     reference = {"--model_name", "--local_path", "--chunk_size", "--ip", "--port", "--root_path", "--lazy_load"}
     assert options >= reference | {"--device", "--dtype", "--share", "--auth", "--max-image-mb", "--concurrency"}
     assert not [option for option in sorted(options) if f"`{option}" not in readme]
+
+
+def test_the_page_needs_no_heavy_library(repository):
+    """With --lazy_load the first page does not wait for torch."""
+    code = (
+        "import sys, deepseek_vl2.serve.app_modules.server\n"
+        "sys.exit(str({'torch', 'transformers', 'timm', 'torchvision'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=300)
+    assert done.stderr.strip() == ""

@@ -16,9 +16,9 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Question, Statistics, Turn
 from deepseek_vl2.serve.app_modules.engine import ANSWERING, LOADING, WEIGHTS, Job, LoadState, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
 from deepseek_vl2.serve.app_modules.settings import BY_CHANCE
 from deepseek_vl2.serve.app_modules.texts import UserError
-from deepseek_vl2.serve.app_modules.utils import LOGGER_NAME
 from deepseek_vl2.serve.box_owners import OwnedBox, assign_boxes
 from deepseek_vl2.serve.grounding import draw_boxes, read_grounding, strip_grounding
 from deepseek_vl2.serve.inference import sampling_options
@@ -245,12 +245,16 @@ def load_upload(path: str, limits: UploadLimits) -> Image.Image:
         UserError: it is too large, no picture, broken or gone.
     """
     limits.check_bytes(path)
+    name = Path(path).name
     try:
-        return load_image(Path(path), max_pixels=limits.max_pixels)
-    except (ValueError, OSError) as error:
-        # The path is the server's own business.
-        reason = str(error).replace(repr(path), "it").replace(path, "it")
-        raise UserError("bad_picture", name=Path(path).name, reason=reason) from error
+        # As bytes, because a message about a path would tell users where the server keeps its files.
+        content = Path(path).read_bytes()
+        return load_image(content, max_pixels=limits.max_pixels)
+    except OSError as error:
+        raise UserError("picture_gone", name=name) from error
+    except ValueError as error:
+        reason = str(error).replace(f"the picture of {len(content)} bytes", "it")
+        raise UserError("bad_picture", name=name, reason=reason) from error
 
 
 def _pair(question: str, answer: str) -> list[dict[str, str]]:

@@ -1,14 +1,8 @@
 """What users ask and what they get: plain data, without the model's libraries, so that the page comes up at once."""
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from deepseek_vl2.serve.app_modules.texts import ENGLISH
-
-MAX_SESSIONS = 500
 
 
 @dataclass(frozen=True)
@@ -103,6 +97,13 @@ class Answer:
     was_stopped: bool = False
     is_cut_off: bool = False
 
+    def delete_files(self) -> None:
+        """Delete the pictures with boxes, and the folders that each of them has for itself."""
+        for _, path in self.marked_pictures:
+            Path(path).unlink(missing_ok=True)
+            if Path(path).parent.is_dir():
+                Path(path).parent.rmdir()
+
     def to_dict(self) -> dict[str, Any]:
         """Give it in a form for JSON."""
         return {
@@ -124,69 +125,7 @@ class Turn:
     question: Question
     answer: Answer | None = None
 
-
-@dataclass(eq=False)
-class Session:
-    """One open page, or one client of the API.
-
-    Attributes:
-        turns: the conversation.
-        num_left_out: turns at its beginning that had no room once; they are not tried again.
-        job: the answer that is being made.
-        language: of the page.
-    """
-
-    turns: list[Turn] = field(default_factory=list)
-    num_left_out: int = 0
-    job: Any = None
-    language: str = ENGLISH
-
-    def clear(self) -> None:
-        """Begin a new conversation."""
-        self.turns.clear()
-        self.num_left_out = 0
-
-    def remove_last(self) -> Turn | None:
-        """Take the last turn away."""
-        if not self.turns:
-            return None
-        turn = self.turns.pop()
-        self.num_left_out = min(self.num_left_out, len(self.turns))
-        return turn
-
-
-class Sessions:
-    """The sessions of all users, by the secret hash that each page has; the ones unused for longest are forgotten.
-
-    Args:
-        on_drop: is called with every session that is forgotten.
-        capacity: how many are kept.
-    """
-
-    def __init__(self, on_drop: Callable[[Session], None], capacity: int = MAX_SESSIONS) -> None:
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._lock = threading.Lock()
-        self._on_drop = on_drop
-        self._capacity = capacity
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def get(self, key: str) -> Session:
-        """Find a session, or begin one."""
-        dropped: list[Session] = []
-        with self._lock:
-            session = self._sessions.setdefault(key, Session())
-            self._sessions.move_to_end(key)
-            while len(self._sessions) > self._capacity:
-                dropped.append(self._sessions.popitem(last=False)[1])
-        for old in dropped:
-            self._on_drop(old)
-        return session
-
-    def drop(self, key: str) -> None:
-        """Forget a session."""
-        with self._lock:
-            session = self._sessions.pop(key, None)
-        if session is not None:
-            self._on_drop(session)
+    def delete_files(self) -> None:
+        """Delete what was made for its answer."""
+        if self.answer is not None:
+            self.answer.delete_files()

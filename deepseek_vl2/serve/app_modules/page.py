@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import gradio as gr
 
 from deepseek_vl2.serve.app_modules import rendering
-from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Session, Sessions, Turn
-from deepseek_vl2.serve.app_modules.engine import EXPECTED_ERRORS, FAILED, IDLE, READY, Engine, Job, Request
+from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Turn
+from deepseek_vl2.serve.app_modules.engine import EXPECTED_ERRORS, FAILED, READY, Engine, Job, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
+from deepseek_vl2.serve.app_modules.sessions import Session, Sessions
 from deepseek_vl2.serve.app_modules.settings import NAMES, RANGES, Settings
 from deepseek_vl2.serve.app_modules.texts import CHINESE, ENGLISH, UserError, preferred_language, text
-from deepseek_vl2.serve.app_modules.utils import LOGGER_NAME
 from deepseek_vl2.serve.examples import ExampleQuestion, available_examples
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -38,6 +40,9 @@ class Demo:
         pictures: folder of the example pictures.
         defaults: what the settings begin with.
         log_content: whether questions and answers go to the log.
+
+    Attributes:
+        root_path: path in front of the page, behind a proxy.
     """
 
     def __init__(
@@ -53,7 +58,8 @@ class Demo:
         self.model_name = model_name
         self.limits = limits
         self.defaults = defaults or Settings()
-        self.sessions = Sessions(self._end)
+        self.root_path = ""
+        self.sessions = Sessions(self._forget)
         self._pictures = pictures  # where the page may show them from
         self._examples = list(available_examples(pictures))
         self._log_content = log_content
@@ -77,7 +83,7 @@ class Demo:
                 self.question = gr.MultimodalTextbox(**self._question_options(ENGLISH), **_QUESTION)
             with gr.Accordion(text("settings", ENGLISH), open=False, elem_id="settings") as self.accordion:
                 self.settings = self._build_settings()
-            self.timer = gr.Timer(0.5)
+            self.timer = gr.Timer(1.0)
             self._connect(blocks)
             self._build_api()
         return blocks
@@ -195,7 +201,7 @@ class Demo:
 
     def look_at_model(self, request: gr.Request) -> tuple[str, Any]:
         """Show how far the model is; looks no more once that does not change by itself."""
-        is_over = self.engine.load_state.phase in (READY, FAILED, IDLE)
+        is_over = self.engine.load_state.phase in (READY, FAILED)
         return self._model_line(self._session(request).language), gr.Timer(active=not is_over)
 
     def leave(self, request: gr.Request) -> None:
@@ -338,11 +344,13 @@ class Demo:
         if session.job is job:
             session.job = None
         is_answered = job.future.done() and not job.future.cancelled() and job.future.exception() is None
-        if is_answered:
+        if is_answered and turn in session.turns:
             turn.answer = job.future.result()
             session.num_left_out = turn.answer.num_left_out
             self._log(turn.question, turn.answer)
-        elif turn in session.turns:
+            return
+        job.future.add_done_callback(_delete_files)  # of an answer that nobody waited for
+        if turn in session.turns:
             session.turns.remove(turn)
 
     def _log(self, question: Question, answer: Answer) -> None:
@@ -367,7 +375,14 @@ class Demo:
         return text("failed", language, reason=reason)
 
     def _session(self, request: gr.Request) -> Session:
-        return self.sessions.get(str(request.session_hash))
+        session = self.sessions.get(str(request.session_hash))
+        if self.root_path:
+            session.file_address = f"{self.root_path.rstrip('/')}/gradio_api/file="
+        return session
+
+    def _forget(self, session: Session) -> None:
+        self._end(session)
+        session.clear()
 
     def _end(self, session: Session) -> None:
         job, session.job = session.job, None
@@ -503,3 +518,8 @@ def _failure(job: Job) -> BaseException | None:
     if error is not None and not isinstance(error, EXPECTED_ERRORS):
         raise error
     return error
+
+
+def _delete_files(answering: Future[Answer]) -> None:
+    if not answering.cancelled() and answering.exception() is None:
+        answering.result().delete_files()

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Session, Turn
+from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Turn
 from deepseek_vl2.serve.app_modules.engine import (
     ANSWERING,
     FAILED,
@@ -24,6 +24,7 @@ from deepseek_vl2.serve.app_modules.engine import (
     Job,
     LoadState,
 )
+from deepseek_vl2.serve.app_modules.sessions import Session
 from deepseek_vl2.serve.app_modules.texts import text
 
 _TAG_START = re.compile(r"<(?=[A-Za-z/!?])")
@@ -50,24 +51,25 @@ def chat_messages(session: Session) -> list[dict[str, Any]]:
 def _turn_messages(turn: Turn, session: Session) -> list[dict[str, Any]]:
     language = session.language
     shown = [
-        _figure(path, text("sent_picture", language, number=number), language)
+        _figure(session, path, text("sent_picture", language, number=number))
         for number, path in enumerate(turn.question.pictures, start=1)
     ]
     asked: list[Any] = [gr.HTML(f'<div class="pictures">{"".join(shown)}</div>')] if shown else []
     messages = [{"role": "user", "content": [*asked, _plain(turn.question.text)]}]
     if turn.answer is not None:
-        messages.append({"role": "assistant", "content": _answer_parts(turn.answer, language)})
+        messages.append({"role": "assistant", "content": _answer_parts(turn.answer, session)})
     elif session.job is not None and turn is session.turns[-1] and session.job.words:
         messages.append({"role": "assistant", "content": [_plain(session.job.words)]})
     return messages
 
 
-def _figure(path: str, description: str, language: str, is_download: bool = False) -> str:
+def _figure(session: Session, path: str, description: str, is_download: bool = False) -> str:
     """Show a picture that page.js enlarges when it is clicked.
 
     gradio's own pictures in a conversation have no alternative text, and their buttons no names.
     """
-    address = _escaped("gradio_api/file=" + urllib.parse.quote(path))
+    language = session.language
+    address = _escaped(session.file_address + urllib.parse.quote(path))
     name = _escaped(description)
     download = ""
     if is_download:
@@ -98,19 +100,20 @@ def from_markup(content: str) -> str:
     return _ESCAPED.sub(lambda found: {"&lt;": "<", "&amp;": "&"}[found[0]], content)
 
 
-def _answer_parts(answer: Answer, language: str) -> list[Any]:
-    blocks = [_marked_pictures(answer, language), _box_table(answer.boxes, language)]
+def _answer_parts(answer: Answer, session: Session) -> list[Any]:
+    language = session.language
+    blocks = [_marked_pictures(answer, session), _box_table(answer.boxes, language)]
     blocks += [_notes(answer, language), _statistics(answer, language)]
     words = answer.words.strip() or text("no_answer", language)
     return [_plain(words), gr.HTML("".join(blocks), elem_classes=["answer-details"])]
 
 
-def _marked_pictures(answer: Answer, language: str) -> str:
+def _marked_pictures(answer: Answer, session: Session) -> str:
     figures = []
     for number, path in answer.marked_pictures:
         labels = ", ".join(dict.fromkeys(box.label for box in answer.boxes if box.picture == number))
-        description = text("marked_picture", language, number=number, labels=labels)
-        figures.append(_figure(path, description, language, is_download=True))
+        description = text("marked_picture", session.language, number=number, labels=labels)
+        figures.append(_figure(session, path, description, is_download=True))
     return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 

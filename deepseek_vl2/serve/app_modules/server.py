@@ -12,10 +12,12 @@ import gradio as gr
 
 from deepseek_vl2.serve.app_modules.engine import Answerer, Engine, LoadState
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME, configure_logger
 from deepseek_vl2.serve.app_modules.page import Demo
 from deepseek_vl2.serve.app_modules.settings import Settings
-from deepseek_vl2.serve.app_modules.utils import configure_logger
 from deepseek_vl2.serve.examples import available_examples
+
+logger = logging.getLogger(LOGGER_NAME)
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -94,11 +96,13 @@ def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
         OSError: the port is taken.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    demo.root_path = addresses.get("root_path") or ""
     blocks = demo.build()
     blocks.queue(default_concurrency_limit=None)
     blocks.launch(
         **addresses,
         prevent_thread_lock=True,
+        quiet=True,
         max_file_size=demo.limits.max_bytes,
         show_error=True,
         footer_links=[],
@@ -111,6 +115,9 @@ def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
         css_paths=[ASSETS / "page.css"],
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
     )
+    logger.info("the page is at %s", blocks.local_url)
+    if blocks.share_url:
+        logger.warning("the page is open to the internet at %s", blocks.share_url)
     if block:
         threading.Event().wait()
     return blocks

@@ -3,18 +3,15 @@
 import base64
 import html
 import io
-import logging
-import os
-import sys
 from collections.abc import Iterable
 
 from PIL import Image
 
 from deepseek_vl2.models.image_transform import to_rgb
+from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME, configure_logger
 from deepseek_vl2.serve.grounding import draw_boxes, parse_grounding
 
-LOGGER_NAME = "gradio_logger"
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+__all__ = ["LOGGER_NAME", "configure_logger", "parse_ref_bbox", "pil_to_base64", "strip_stop_words"]
 
 
 def parse_ref_bbox(response: str, image: Image.Image) -> Image.Image | None:
@@ -74,26 +71,3 @@ def strip_stop_words(text: str, stop_words: Iterable[str]) -> str:
     """Cut a text before the first stop word in it, and strip the ends."""
     found = [position for word in stop_words if word and (position := text.find(word)) >= 0]
     return text[: min(found, default=len(text))].strip()
-
-
-def configure_logger(log_file: str | os.PathLike[str] | None = None, level: int = logging.INFO) -> logging.Logger:
-    """Set up the web page's logger, `gradio_logger`: on standard error, and into a file if one is given.
-
-    Calling it again replaces the set-up. Nothing that users write or upload belongs in this log.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    logger = logging.getLogger(LOGGER_NAME)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
-    for old in logger.handlers[:]:
-        logger.removeHandler(old)
-        old.close()
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(_LOG_FORMAT))
-        logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
-    return logger

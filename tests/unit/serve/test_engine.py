@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Session, Sessions, Statistics, Turn
+from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Statistics, Turn
 from deepseek_vl2.serve.app_modules.engine import (
     FAILED,
     IDLE,
@@ -18,6 +18,7 @@ from deepseek_vl2.serve.app_modules.engine import (
     Request,
 )
 from deepseek_vl2.serve.app_modules.fair_queue import FairQueue
+from deepseek_vl2.serve.app_modules.sessions import Session, Sessions
 from deepseek_vl2.serve.app_modules.settings import Settings
 
 TIMEOUT = 60
