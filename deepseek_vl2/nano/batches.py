@@ -24,7 +24,7 @@ from deepseek_vl2.nano.layouts import chart_scene, table_cells, table_scene, tex
 from deepseek_vl2.nano.questions import MAX_COUNT, Example, Piece, Target, counting_scene, split_rng
 from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
 from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
-from deepseek_vl2.nano.targets import Cells, cells_of, join_cells, letter_places, view_rectangles
+from deepseek_vl2.nano.targets import Cells, cells_and_letters, cells_of, join_cells
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 
 IGNORE_ID = -100
@@ -316,13 +316,12 @@ class AnswerBatches(Dataset[AnswerBatch]):
             scene = draw_scene(rng, self.processor, grids[0], num_objects)
             return [scene], ask(rng, scene, count_weight=self.curriculum.count_weight)
         scenes: Sequence[Scene]
+        sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
         if len(grids) == 2:
-            sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
             scenes = in_context_scenes(rng, sizes=sizes, num_objects=(1, max(2, num_objects[1] - 1)))
             found = [make_in_context(rng, scenes)]
         else:
             # Three pictures are never cut into tiles, however large they are.
-            sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
             scenes = compared_scenes(rng, sizes=sizes)
             found = [make_compare(rng, scenes) for _ in range(MAX_QUESTIONS)]
         return scenes, [example for example in found if example is not None]
@@ -349,9 +348,8 @@ def ask(
                 yield example
     for make in rng.choices(list(weights), list(weights.values()), k=num_questions):
         if make is questions.make_count:
-            # Wanted counts are drawn evenly, zero once in ten; a scene without the count gives whatever it has.
-            wanted = 0 if rng.random() < 0.1 else rng.randint(1, MAX_COUNT)
-            example = questions.make_count(rng, scene, wanted) or questions.make_count(rng, scene)
+            # A scene without the wanted count gives whatever it has.
+            example = questions.make_count(rng, scene, questions.wanted_count(rng)) or questions.make_count(rng, scene)
         else:
             example = make(rng, scene)
         if example is not None:
@@ -387,7 +385,7 @@ class RowCells:
         self._letters: dict[tuple[Target, int], list[int]] = {}
         first = 0
         for picture, (scene, grid) in enumerate(zip(scenes, grids, strict=True)):
-            cells = cells_of(processor, scene, grid, is_by_view=False)
+            cells, letters = cells_and_letters(processor, scene, grid, is_by_view=False)
             self.cells.append(cells)
             self.places.append(list(cell_places(grid, side)))
             object_ids = cells.object_ids.flatten().tolist()
@@ -399,9 +397,7 @@ class RowCells:
                     self._seen.setdefault(Target(picture, number), []).append(first + cell)
                     if counts:
                         self._middles.setdefault(Target(picture, number), []).append(first + cell)
-            rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
-            places = letter_places(scene, rectangles, side, processor.image_size)
-            for (number, place), found in places.cells.items():
+            for (number, place), found in letters.cells.items():
                 self._letters[Target(picture, number), place] = [first + cell for cell in found]
             first += len(object_ids)
 

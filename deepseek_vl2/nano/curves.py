@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_vl2.nano.train import STAGES
+from deepseek_vl2.utils.errors import describe_error
 
 PROGRAM = "python -m deepseek_vl2.nano.curves"
 # What is drawn, by the name in the log.
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         draw_curves(options.log, options.output)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
         return 2
     print(f"The curves are in {options.output}.")
     return 0

@@ -20,6 +20,7 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.nano.questions import Example
 from deepseek_vl2.nano.several import beginning_of
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
+from deepseek_vl2.utils.errors import describe_error
 
 PROGRAM = "python -m deepseek_vl2.nano.evaluate"
 MAX_NEW_TOKENS = 200
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for card in options.card:
             update_card(card, format_rows(results))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
         return 2
     print(format_rows(results))
     print(json.dumps({name: result["overall"] for name, result in results.items()}))

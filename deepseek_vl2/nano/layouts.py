@@ -7,6 +7,7 @@ from deepseek_vl2.nano.scenes import (
     COLOR_NAMES,
     COLORS,
     LETTERS,
+    SHAPE_NAMES,
     TEXT_COLOR,
     TEXT_RGB,
     Box,
@@ -80,8 +81,7 @@ def reading_scene(
     texts = {"word": random_word(rng, words), "number": random_number(rng)}
     kinds = [kind, *(other for other in texts if other != kind and rng.random() < 0.3)]
     plans = [ObjectPlan(own, texts[own], TEXT_COLOR) for own in kinds]  # type: ignore[arg-type]
-    shapes = ("circle", "square", "triangle", "star", "cross", "diamond")
-    plans += [ObjectPlan("shape", rng.choice(shapes), rng.choice(COLOR_NAMES)) for _ in range(rng.randint(0, 3))]
+    plans += [ObjectPlan("shape", rng.choice(SHAPE_NAMES), rng.choice(COLOR_NAMES)) for _ in range(rng.randint(0, 3))]
     objects = place_objects(rng, plans, size, min_side_fraction=0.16, max_side_fraction=0.4)
     return Scene(*size, background, objects)
 
@@ -136,7 +136,7 @@ def chart_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
     lines = [
         Line(
             (left, bottom - value * step, right, bottom - value * step + thickness),
-            LINE_RGB if value % 5 == 0 else STEP_RGB,
+            LINE_RGB if value in AXIS_LABELS else STEP_RGB,
         )
         for value in range(MAX_BAR + 1)
     ]

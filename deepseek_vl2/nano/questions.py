@@ -237,6 +237,11 @@ def make_locate_all(rng: random.Random, scene: Scene) -> Example | None:
     return _located("locate_all", question, noun, ordered, scene)
 
 
+def wanted_count(rng: random.Random) -> int:
+    """Draws the answer of a counting question, evenly from 1 up, and zero once in ten."""
+    return 0 if rng.random() < 0.1 else rng.randint(1, MAX_COUNT)
+
+
 def make_count(rng: random.Random, scene: Scene, count: int | None = None) -> Example | None:
     """How many objects of a class are there?
 

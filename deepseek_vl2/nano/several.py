@@ -7,12 +7,13 @@ from dataclasses import replace
 from deepseek_vl2.models.special_tokens import IMAGE
 from deepseek_vl2.nano import phrases
 from deepseek_vl2.nano.phrases import plural
-from deepseek_vl2.nano.questions import Example, Piece, find, grounding_pieces, named
+from deepseek_vl2.nano.questions import Example, Piece, find, grounding_pieces, named, reading_order
 from deepseek_vl2.nano.scenes import (
     COLOR_NAMES,
     SHAPE_NAMES,
     ObjectPlan,
     Scene,
+    SceneObject,
     Size,
     place_objects,
     random_background,
@@ -97,18 +98,23 @@ def make_compare(rng: random.Random, scenes: Sequence[Scene]) -> Example | None:
     return rng.choices(kinds, (5, 3, 1, 1, 2))[0](rng, scenes)
 
 
+def _names(item: SceneObject) -> tuple[str, str, str]:
+    """What a shape can be called."""
+    return item.description, item.name, f"{item.color} object"
+
+
 def _which(rng: random.Random, scenes: Sequence[Scene]) -> Example | None:
     places: dict[str, set[int]] = {}
     for number, scene in enumerate(scenes):
         for item in scene.shapes:
-            for name in (item.description, item.name, f"{item.color} object"):
+            for name in _names(item):
                 places.setdefault(name, set()).add(number)
     names = [name for name, pictures in places.items() if len(pictures) == 1]
     if not names:
         return None
     name = rng.choice(names)
     number = min(places[name])
-    fit = [item for item in scenes[number].shapes if name in (item.description, item.name, f"{item.color} object")]
+    fit = [item for item in scenes[number].shapes if name in _names(item)]
     targets = tuple(find(scenes[number], item, number) for item in fit)
     question = rng.choice(phrases.COMPARE_WHICH).format(name)
     return Example("compare", question, (Piece(f"image_{number + 1}", targets),), (), tuple(scenes))
@@ -125,29 +131,32 @@ def _how_many(rng: random.Random, scenes: Sequence[Scene]) -> Example | None:
 
 
 def _which_shape(rng: random.Random, scenes: Sequence[Scene]) -> Example | None:
-    number = rng.randrange(len(scenes))
-    items = [item for item in scenes[number].shapes if len(named(scenes[number], color=item.color)) == 1]
-    if not items:
-        return None
-    item = rng.choice(items)
-    question = rng.choice(phrases.COMPARE_SHAPE).format(item.color, number=number + 1)
-    return Example("compare", question, (Piece(item.name, (find(scenes[number], item, number),)),), (), tuple(scenes))
+    return _attribute(rng, scenes, "color", "name", phrases.COMPARE_SHAPE)
 
 
 def _which_color(rng: random.Random, scenes: Sequence[Scene]) -> Example | None:
+    return _attribute(rng, scenes, "name", "color", phrases.COMPARE_COLOR)
+
+
+def _attribute(
+    rng: random.Random, scenes: Sequence[Scene], asked: str, answered: str, forms: Sequence[str]
+) -> Example | None:
+    """Asks for one attribute ("name", "color") of a shape that the other means alone in its picture."""
     number = rng.randrange(len(scenes))
-    items = [item for item in scenes[number].shapes if len(named(scenes[number], name=item.name)) == 1]
+    scene = scenes[number]
+    items = [item for item in scene.shapes if len(named(scene, **{asked: getattr(item, asked)})) == 1]
     if not items:
         return None
     item = rng.choice(items)
-    question = rng.choice(phrases.COMPARE_COLOR).format(item.name, number=number + 1)
-    return Example("compare", question, (Piece(item.color, (find(scenes[number], item, number),)),), (), tuple(scenes))
+    question = rng.choice(forms).format(getattr(item, asked), number=number + 1)
+    piece = Piece(getattr(item, answered), (find(scene, item, number),))
+    return Example("compare", question, (piece,), (), tuple(scenes))
 
 
 def _everything(rng: random.Random, scenes: Sequence[Scene]) -> Example | None:
     pieces: list[Piece] = []
     for number, scene in enumerate(scenes):
-        items = sorted(scene.shapes, key=lambda item: (item.center[1], item.center[0]))
+        items = [item for item in reading_order(scene) if item.kind == "shape"]
         pieces.append(Piece(("\n" if number else "") + f"image_{number + 1}:"))
         for place, item in enumerate(items):
             pieces.append(Piece(", a" if place else " a"))

@@ -86,7 +86,14 @@ def join_cells(cells: Sequence[Cells]) -> Cells:
 
 
 def cells_of(processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, is_by_view: bool) -> Cells:
-    """What each image token of each view of a scene should see.
+    """What each image token of each view of a scene should see; see `cells_and_letters`."""
+    return cells_and_letters(processor, scene, grid, is_by_view)[0]
+
+
+def cells_and_letters(
+    processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, is_by_view: bool
+) -> tuple[Cells, LetterPlaces]:
+    """What each image token of each view of a scene should see, and which of them show which letter.
 
     Args:
         processor: nano's processor.
@@ -122,7 +129,7 @@ def cells_of(processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, is_
         places.text,
         boxes,
     )
-    return Cells(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    return Cells(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)), places
 
 
 def _attributes(scene: Scene, item: SceneObject) -> tuple[int, int, int, int, int]:

@@ -37,8 +37,7 @@ def _about(scene: Callable[[random.Random], Scene], make: Callable[[random.Rando
 
 
 def _draw_count(rng: random.Random) -> Example | None:
-    """A counting question with an answer drawn evenly from 1 up, and zero once in ten."""
-    wanted = rng.randint(1, questions.MAX_COUNT) if rng.random() >= 0.1 else 0
+    wanted = questions.wanted_count(rng)
     if rng.random() < 0.25:
         return questions.make_count(rng, random_scene(rng), wanted)
     return questions.make_count(rng, counting_scene(rng, wanted or rng.randint(0, 3)), wanted)
