@@ -1,6 +1,5 @@
 """Asks the model: samples in batches, greedily; every answer is judged and written at once."""
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,10 +34,7 @@ class Asker:
     ) -> None:
         self.model: DeepseekVLV2ForCausalLM = loaded.model
         self.processor: DeepseekVLV2Processor = loaded.processor
-        if not use_tiling:
-            self.processor = copy.copy(loaded.processor)
-            # The first is one view, see `DeepseekVLV2Processor`.
-            self.processor.candidate_resolutions = loaded.processor.candidate_resolutions[:1]
+        self.use_tiling = use_tiling
         self.task = task
         self.max_new_tokens = max_new_tokens
         self.chunk_size = chunk_size
@@ -50,7 +46,7 @@ class Asker:
             ValueError: the processor refuses it, or it is longer than the model's positions.
         """
         sizes = [self._asked_size(size, number) for number, size in enumerate(sample.sizes)]
-        num_tokens = self.processor.count_tokens(self.task.messages(sample, []), sizes)
+        num_tokens = self.processor.count_tokens(self.task.messages(sample, []), sizes, cropping=self.use_tiling)
         check_prompt_length(num_tokens, self.model.config.language_config)
 
     def encode(self, sample: Sample) -> VLChatProcessorOutput:
@@ -66,7 +62,7 @@ class Asker:
             size = self._asked_size(picture.size, number)
             pictures.append(picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR))
         messages = self.task.messages(sample, pictures)
-        return self.processor.process_one(conversations=messages, images=pictures, inference_mode=True)
+        return self.processor.process_one(conversations=messages, images=pictures, cropping=self.use_tiling)
 
     def _asked_size(self, size: tuple[int, int], number: int) -> tuple[int, int]:
         """Size in which the model is given a sample's picture."""

@@ -351,6 +351,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         conversations: Sequence[Mapping[str, Any]],
         image_sizes: Sequence[tuple[int, int]] = (),
         inference_mode: bool = True,
+        cropping: bool = True,
     ) -> int:
         """Count the ids that `process_one` gives a conversation, without touching its pictures.
 
@@ -358,12 +359,13 @@ class DeepseekVLV2Processor(ProcessorMixin):
             conversations: the messages.
             image_sizes: (width, height) of the pictures, in order.
             inference_mode: see `process_one`.
+            cropping: see `process_one`.
 
         Raises:
             ValueError: see `format_messages_v2`.
         """
         check_messages(conversations)
-        text, _ = self._tokenize_messages(conversations, image_sizes)
+        text, _ = self._tokenize_messages(conversations, image_sizes, cropping)
         return self._end(text.input_ids, inference_mode)
 
     def process_one(
