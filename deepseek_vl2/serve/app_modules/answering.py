@@ -47,6 +47,13 @@ class ModelOptions(NamedTuple):
     device: str
 
 
+class _Said(NamedTuple):
+    """Messages of one turn, and their pictures."""
+
+    messages: list[dict[str, str]]
+    pictures: list[Image.Image]
+
+
 class _Prompt(NamedTuple):
     """A prompt that fits, and how many turns of the conversation had to be left out for that."""
 
@@ -192,34 +199,35 @@ class ModelAnswerer:
         room = self.context - min(settings.max_new_tokens, MIN_ROOM_FOR_ANSWER)
         limit = min(room, settings.history_tokens)
         num_left_out = request.num_left_out
+        earlier = [self._said(turn) for turn in request.turns[num_left_out:]]
+        asked = _Said(_pair(place_image_marks(request.question.text, len(pictures)), ""), pictures)
         while True:
-            earlier = request.turns[num_left_out:]
-            inputs = self._encode(earlier, request.question, pictures, settings.use_tiling)
-            num_tokens = inputs.input_ids.shape[1]
+            said = [*earlier, asked]
+            messages = [message for own in said for message in own.messages]
+            images = [picture for own in said for picture in own.pictures]
+            # Counted first: cutting up all pictures for every attempt would take long.
+            sizes = [image.size for image in images]
+            num_tokens = self._processor.count_tokens(messages, sizes, cropping=settings.use_tiling)
             if num_tokens <= limit or (not earlier and num_tokens <= self.context):
+                inputs = self._processor(conversations=messages, images=images, cropping=settings.use_tiling)
                 return _Prompt(inputs, num_left_out)
             if not earlier:
                 raise UserError("prompt_too_long", tokens=num_tokens, limit=self.context)
             num_left_out += 1
+            earlier = earlier[1:]
 
-    def _encode(
-        self, earlier: Sequence[Turn], question: Question, pictures: list[Image.Image], use_tiling: bool
-    ) -> Any:
-        messages: list[dict[str, str]] = []
-        images: list[Image.Image] = []
-        for turn in earlier:
-            if turn.answer is None or not turn.answer.text:  # stopped before its first word
-                continue
-            images += self._load_pictures(turn.question)
-            asked = place_image_marks(turn.question.text, len(turn.question.pictures))
-            messages += _pair(asked, turn.answer.text)
-        messages += _pair(place_image_marks(question.text, len(pictures)), "")
-        return self._processor(conversations=messages, images=[*images, *pictures], cropping=use_tiling)
+    def _said(self, turn: Turn) -> "_Said":
+        """A turn as the model reads it; one that was stopped before its first word is not read."""
+        if turn.answer is None or not turn.answer.text:
+            return _Said([], [])
+        marked = place_image_marks(turn.question.text, len(turn.question.pictures))
+        return _Said(_pair(marked, turn.answer.text), self._load_pictures(turn.question))
 
     def _find_boxes(self, text: str, request: Request, pictures: list[Image.Image]) -> tuple[list[OwnedBox], list[str]]:
         """Find the boxes, in the pictures of this question, or of the last question that had some."""
-        if not read_grounding(text).boxes:
-            return [], read_grounding(text).problems
+        grounding = read_grounding(text)
+        if not grounding.boxes:
+            return [], grounding.problems
         if not pictures:
             earlier = [turn.question for turn in request.turns if turn.question.pictures]
             if not earlier:
