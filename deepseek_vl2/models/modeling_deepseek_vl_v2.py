@@ -229,10 +229,14 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         all_grids = [grid for row in grids for grid in row]
         sources = _sources_of_views(views, all_grids)
         places = {source: place for place, source in enumerate(sorted(set(sources)))}
+        is_any_twice = len(places) < len(sources)
+        if is_any_twice:
+            views = views[list(places)]
         vision_dtype = self.vision.pos_embed.dtype  # type: ignore[union-attr]
-        patches = self.vision(views[list(places)].to(vision_dtype))  # [distinct views, P*P, C]
+        patches = self.vision(views.to(vision_dtype))  # [distinct views, P*P, C]
         tokens = self.projector(patches)  # [distinct views, G*G, D]
-        tokens = tokens[[places[source] for source in sources]]  # [V, G*G, D]
+        if is_any_twice:
+            tokens = tokens[[places[source] for source in sources]]  # [V, G*G, D]
         tokens_of_pictures = tokens.split([grid.num_views for grid in all_grids])
         return [self._arrange_views(picture, grid) for picture, grid in zip(tokens_of_pictures, all_grids, strict=True)]
 
