@@ -20,7 +20,7 @@ from deepseek_vl2.models.modeling_deepseek_vl_v2 import arrange_views
 from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, choose_grid
 from deepseek_vl2.nano import questions
-from deepseek_vl2.nano.layouts import chart_scene, table_cells, table_scene, text_scene
+from deepseek_vl2.nano.layouts import chart_scene, page_scene, table_cells, table_scene, text_scene
 from deepseek_vl2.nano.questions import MAX_COUNT, Example, Piece, Target, counting_scene, split_rng
 from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
 from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
@@ -201,23 +201,37 @@ class ViewBatches(Dataset[ViewBatch]):
         processor: nano's processor.
         num_batches: Length of the stage.
         batch_size: Views a batch, about.
+        page_share: How often a picture is a page of text.
+        split: Name of the stream of seeds.
     """
 
-    def __init__(self, processor: DeepseekVLV2Processor, num_batches: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        processor: DeepseekVLV2Processor,
+        num_batches: int,
+        batch_size: int,
+        page_share: float = 0.0,
+        split: str = f"{TRAIN_SPLIT}-views",
+    ) -> None:
         self.processor = processor
         self.num_batches = num_batches
         self.batch_size = batch_size
+        self.page_share = page_share
+        self.split = split
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, index: int) -> ViewBatch:
-        rng = split_rng(f"{TRAIN_SPLIT}-views", index)
+        rng = split_rng(self.split, index)
         views: list[torch.Tensor] = []
         cells: list[Cells] = []
         while len(views) < self.batch_size:
             grid = ONE_TILE if rng.random() < 0.4 else _larger_grid(rng)
-            scene = draw_scene(rng, self.processor, grid, (1, MAX_COUNT))
+            if self.page_share and rng.random() < self.page_share:
+                scene = page_scene(rng, size=_size_for(rng, self.processor, grid, is_for_text=True))
+            else:
+                scene = draw_scene(rng, self.processor, grid, (1, MAX_COUNT))
             all_views = self.processor.image_transform.views(scene.draw(), grid, self.processor.image_size)
             tiles = range(1, 1 + grid.num_tiles)
             chosen = [0] if grid == ONE_TILE else [0, *rng.sample(tiles, 2)]

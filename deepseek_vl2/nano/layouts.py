@@ -34,6 +34,8 @@ LINE_RGB = (150, 150, 160)
 STEP_RGB = (205, 205, 212)
 MAX_BAR = 10
 AXIS_LABELS = (0, 5, 10)
+# Height of the letters of a page, as a part of the picture's shorter side.
+PAGE_LETTER_FRACTIONS = (0.08, 0.28)
 
 
 def _reading_size(rng: random.Random) -> Size:
@@ -70,6 +72,29 @@ def text_scene(
         plans.append(ObjectPlan("shape", rng.choice(("circle", "square", "star")), rng.choice(COLOR_NAMES)))
     objects = place_objects(rng, plans, size, min_side_fraction=0.15, max_side_fraction=0.36)
     return Scene(*size, background, objects)
+
+
+def page_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
+    """Draws a page full of words and numbers in lines, all letters of about one height: most letters for a picture."""
+    width, height = size = size if size is not None else random_size(rng)
+    background = random_background(rng)
+    low, high = PAGE_LETTER_FRACTIONS
+    letter_height = low * (high / low) ** rng.random() * min(size)
+    objects: list[SceneObject] = []
+    top = rng.uniform(0.2, 1.0) * letter_height
+    while top + letter_height < height:
+        left = rng.uniform(0.2, 1.5) * letter_height
+        while True:
+            kind, text, color = random_text_plan(rng)
+            extent = text_extent(text, rng.uniform(0.85, 1.0) * letter_height, float(width))
+            x1, y1 = round(left), round(top)
+            box = (float(x1), float(y1), float(x1 + extent[0]), float(y1 + extent[1]))
+            if box[2] >= width or box[3] >= height:
+                break
+            objects.append(SceneObject(kind, text, color, box, vary_color(rng, TEXT_RGB)))
+            left = box[2] + rng.uniform(0.5, 1.5) * letter_height
+        top += rng.uniform(1.25, 2.0) * letter_height
+    return Scene(*size, background, tuple(objects))
 
 
 def reading_scene(

@@ -1,4 +1,4 @@
-"""nano's training in three stages: views, answers on a fixed tower, all together. Resumable, on two CPU cores."""
+"""nano's training: views, letters, answers on a fixed tower, all together. Resumable, on two CPU cores."""
 
 import json
 import logging
@@ -38,8 +38,10 @@ OF_OBJECTS = ("class_ids", "color_ids")
 OF_VIEWS = (*OF_OBJECTS, "bar_values")
 OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids")
 FLAGS = ("is_center", "is_marked")
-STAGES = ("views", "answers", "together")
+STAGES = ("views", "letters", "answers", "together")
 LOG_EVERY = 20
+# Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
+COUNT_WEIGHT = 64.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class StageSettings:
 
     Attributes:
         num_batches: Length.
-        batch_size: Views (first stage) or pictures (others) a batch.
+        batch_size: Views (first two stages) or pictures (others) a batch.
         matrix_lr: Peak step of Muon, for matrices and stacks of experts.
         other_lr: Peak step of AdamW, for everything else.
         warmup_share: Part of the stage over which steps grow from 0.
@@ -57,6 +59,7 @@ class StageSettings:
         growing_share: Part of the stage, at its start, over which scenes and pictures grow.
         last_small_share: How often a picture has one tile only after that.
         count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
+        page_share: How often a picture is a page of text, where views are learnt from.
     """
 
     num_batches: int
@@ -69,6 +72,7 @@ class StageSettings:
     growing_share: float = 0.0
     last_small_share: float = 0.15
     count_weight: float = SHAPE_QUESTIONS[make_count]
+    page_share: float = 0.0
 
     def lr_factor(self, batch: int) -> float:
         """Factor on both steps: linear growth, a plateau, linear decay."""
@@ -83,6 +87,7 @@ class TrainingSettings:
 
     Attributes:
         views: Tower and projector learn what each image token of single views sees.
+        letters: They learn on with pages of text.
         answers: Projector and language model learn answers, the tower is fixed.
         together: Everything learns answers.
         tokens_a_row: Tokens of questions and answers of each row.
@@ -97,12 +102,17 @@ class TrainingSettings:
     """
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
+    letters: StageSettings = field(
+        default_factory=lambda: StageSettings(700, 128, 2.4e-3, 1.6e-3, decay_share=0.7, page_share=0.6)
+    )
     answers: StageSettings = field(
-        default_factory=lambda: StageSettings(1000, 32, 3e-3, 2e-3, last_factor=1.0, growing_share=0.5)
+        default_factory=lambda: StageSettings(
+            900, 32, 3e-3, 2e-3, last_factor=1.0, growing_share=0.5, count_weight=COUNT_WEIGHT
+        )
     )
     together: StageSettings = field(
         default_factory=lambda: StageSettings(
-            2000, 32, 2.4e-3, 1.6e-3, decay_share=0.85, last_small_share=0.35, count_weight=64.0
+            2000, 32, 2e-3, 1.4e-3, decay_share=0.85, last_small_share=0.35, count_weight=COUNT_WEIGHT
         )
     )
     tokens_a_row: int = 128
@@ -184,6 +194,7 @@ class NanoTrainer:
             is_tower, is_language = name.startswith("vision."), name.startswith("language.")
             is_learning = {
                 "views": not is_language or name.endswith("lm_head.weight"),
+                "letters": not is_language or name.endswith("lm_head.weight"),
                 "answers": not is_tower,
                 "together": True,
             }[self.stage]
@@ -298,8 +309,9 @@ class NanoTrainer:
         """The stage's batches from the present one on, drawn by a second process ahead of need."""
         settings = self.stage_settings
         dataset: Dataset
-        if self.stage == "views":
-            dataset = ViewBatches(self.processor, settings.num_batches, settings.batch_size)
+        split = f"{TRAIN_SPLIT}-{self.stage}"
+        if self.stage in ("views", "letters"):
+            dataset = ViewBatches(self.processor, settings.num_batches, settings.batch_size, settings.page_share, split)
         else:
             curriculum = Curriculum(
                 settings.num_batches,
@@ -312,7 +324,7 @@ class NanoTrainer:
                 curriculum,
                 settings.batch_size,
                 self.settings.tokens_a_row,
-                split=f"{TRAIN_SPLIT}-{self.stage}",
+                split=split,
             )
         order = range(self.next_batch, settings.num_batches)
         return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=1, prefetch_factor=8))
