@@ -20,6 +20,8 @@ MAX_TEXT_LENGTH = 6
 MAX_LETTERS_A_CELL = 4
 # Letters lower than this in a view cannot be read in it.
 MIN_LETTER_PIXELS = 8.0
+# Letters as high as this are read in the global view as well as in tiles, where they spread over many patches.
+READABLE_LETTER_PIXELS = 16.0
 MIN_COVER = 0.1
 
 
@@ -72,7 +74,7 @@ class LetterPlaces(NamedTuple):
         letters: See `Cells.letters`.
         text: See `Cells.text`.
         cells: For each object and place in its text the cells that see the letter, as indices into V * G * G; of
-            pictures that are cut into tiles those of the tiles.
+            pictures that are cut into tiles those of the tiles, and of the global view where letters are large in it.
     """
 
     letters: NDArray[np.int64]
@@ -245,7 +247,8 @@ def letter_places(scene: Scene, rectangles: NDArray[np.float64], num_cells: int,
             continue
         for place, (center, sign) in enumerate(zip(item.letter_centers(), item.name, strict=True)):
             for view, (x1, y1, x2, y2) in enumerate(rectangles):
-                if (item.box[3] - item.box[1]) * scales[view] < MIN_LETTER_PIXELS:
+                letter_pixels = (item.box[3] - item.box[1]) * scales[view]
+                if letter_pixels < MIN_LETTER_PIXELS:
                     continue
                 column = int((center[0] - x1) / (x2 - x1) * num_cells // 1)
                 row = int((center[1] - y1) / (y2 - y1) * num_cells // 1)
@@ -255,6 +258,6 @@ def letter_places(scene: Scene, rectangles: NDArray[np.float64], num_cells: int,
                 if held[-1] < 0:
                     held[(held >= 0).sum()] = SIGNS.index(sign)
                 text[view, row, column, place] = SIGNS.index(sign)
-                if view >= first_view:
+                if view >= first_view or letter_pixels >= READABLE_LETTER_PIXELS:
                     cells.setdefault((number, place), []).append((view * num_cells + row) * num_cells + column)
     return LetterPlaces(letters, text, cells)

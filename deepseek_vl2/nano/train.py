@@ -107,12 +107,12 @@ class TrainingSettings:
     )
     answers: StageSettings = field(
         default_factory=lambda: StageSettings(
-            900, 32, 3e-3, 2e-3, last_factor=1.0, growing_share=0.5, count_weight=COUNT_WEIGHT
+            800, 32, 3e-3, 2e-3, last_factor=1.0, growing_share=0.5, count_weight=COUNT_WEIGHT
         )
     )
     together: StageSettings = field(
         default_factory=lambda: StageSettings(
-            2000, 32, 2e-3, 1.4e-3, decay_share=0.85, last_small_share=0.35, count_weight=COUNT_WEIGHT
+            1900, 32, 2e-3, 1.4e-3, decay_share=0.85, last_small_share=0.35, count_weight=COUNT_WEIGHT
         )
     )
     tokens_a_row: int = 128

@@ -431,6 +431,15 @@ def test_views_and_cells_of_a_view_batch_belong_together(processor, monkeypatch)
     assert spread[is_object].median() > 10 * spread[~is_object].median()
 
 
+def test_pages_make_up_their_share_of_view_batches(processor):
+    def share_with_letters(page_share):
+        dataset = ViewBatches(processor, 1, 60, page_share=page_share, split="test-pages")
+        return float((dataset[0].cells.letters >= 0).any(-1).flatten(1).any(1).float().mean())
+
+    assert share_with_letters(0.0) < 0.6 < share_with_letters(1.0)
+    assert not is_same(ViewBatches(processor, 2, 4, split="one")[1], ViewBatches(processor, 2, 4, split="two")[1])
+
+
 @pytest.mark.parametrize("grid", ALL_GRIDS)
 def test_cell_places_are_those_of_the_model(processor, model, grid):
     """Each cell is filled with its own number, and found among the image tokens where it should be."""

@@ -13,6 +13,7 @@ from deepseek_vl2.nano.layouts import (
     MAX_BAR,
     ROW_NAMES,
     chart_scene,
+    page_scene,
     reading_scene,
     table_cells,
     table_scene,
@@ -34,8 +35,8 @@ def overlap(first, second):
 
 @pytest.mark.parametrize(
     "draw",
-    [text_scene, table_scene, chart_scene, lambda rng: reading_scene(rng, "word")],
-    ids=["text", "table", "chart", "word"],
+    [text_scene, table_scene, chart_scene, page_scene, lambda rng: reading_scene(rng, "word")],
+    ids=["text", "table", "chart", "page", "word"],
 )
 def test_scenes_repeat_and_objects_stay_inside_and_apart(draw):
     found = scenes(draw)
@@ -60,6 +61,15 @@ def test_text_scenes():
     assert max(len(scene.texts) for scene in held_out) == 2
     printed = {item.name for scene in held_out for item in scene.texts if item.kind == "word"}
     assert len(printed) > 10 and printed <= set(HELD_OUT_WORDS)
+
+
+def test_pages_are_full_of_text():
+    found = scenes(page_scene, size=(112, 112))
+    assert all(scene.texts == scene.objects for scene in found)
+    heights = [max((item.box[3] - item.box[1] for item in scene.objects), default=0) for scene in found]
+    assert min(heights) < 12 and max(heights) > 24
+    # Small print gives many letters for a picture.
+    assert max(sum(len(item.name) for item in scene.objects) for scene in found) > 60
 
 
 @pytest.mark.parametrize(("kind", "other"), [("word", "number"), ("number", "word")])

@@ -18,6 +18,7 @@ from deepseek_vl2.nano.targets import (
     MAX_LETTERS_A_CELL,
     MAX_TEXT_LENGTH,
     MIN_LETTER_PIXELS,
+    READABLE_LETTER_PIXELS,
     SIGNS,
     Cells,
     cells_of,
@@ -279,6 +280,16 @@ def test_letters_too_low_to_be_read_are_not_told(height, views):
     places = letter_places(scene_of(*items), view_rectangles(224, 224, 2, 2), 4, SIDE)
     assert {view for view in range(5) if (places.letters[view] >= 0).any()} == views
     assert {number for number, _ in places.cells} == ({0, 1, 2, 3} if views else set())
+
+
+@pytest.mark.parametrize(("height", "views"), [(30.0, {1, 2, 3, 4}), (32.0, {0, 1, 2, 3, 4})])
+def test_attention_is_told_of_large_letters_in_the_global_view_too(height, views):
+    assert READABLE_LETTER_PIXELS == 16
+    items = [
+        object_at((x, y, x + 40.0, y + height), "7", "dark", "number") for x in (30.0, 150.0) for y in (50.0, 150.0)
+    ]
+    places = letter_places(scene_of(*items), view_rectangles(224, 224, 2, 2), 4, SIDE)
+    assert {cell // 16 for cells in places.cells.values() for cell in cells} == views
 
 
 def test_a_cell_holds_letters_in_reading_order_and_no_more_than_it_can():
