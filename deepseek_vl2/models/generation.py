@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+
+from .growing_cache import GrowingCache
 
 
 def check_prompt_length(num_tokens: int, config: PreTrainedConfig) -> None:
@@ -59,6 +61,13 @@ class PrefilledGenerationMixin:
             if num_copies > 1:
                 cache.batch_repeat_interleave(num_copies)
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Takes a cache that does not copy itself for each token where transformers takes its default one."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length():
+            model_kwargs["past_key_values"] = GrowingCache()
 
     def _num_rows_for_each_prompt(self, kwargs: dict[str, Any]) -> int:
         """Rows that transformers makes of each prompt row for beams and several answers, but not of a given cache."""

@@ -11,16 +11,20 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .generation import PrefilledGenerationMixin, check_chunk_size, check_prompt_length
+from .growing_cache import GrowingCache
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
+
+# Tokens of an answer that a prefilled cache has room for before it grows.
+ROOM_FOR_ANSWERS = 512
 
 __all__ = [
     "DeepSeekVLV2CausalLMOutputWithPast",
@@ -341,7 +345,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         position_ids = positions_from_mask(attention_mask)
-        cache = DynamicCache(config=self.config.language_config)
+        cache = GrowingCache(num_expected=num_tokens + ROOM_FOR_ANSWERS)
         num_cached = num_tokens - 1
         step = num_cached if chunk_size == -1 else chunk_size
         starts = range(0, num_cached, max(step, 1))

@@ -350,3 +350,30 @@ def test_kernels_of_cuda_are_called_rightly(folder, monkeypatch, implementation)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model.set_attn_implementation({"vision_config": implementation})
     torch.testing.assert_close(model(**inputs).logits, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("num_key_heads", [6, 2])
+@pytest.mark.parametrize("is_padded", [False, True])
+@torch.no_grad()
+def test_one_token_on_a_cpu_is_attended_by_products(num_key_heads, is_padded, monkeypatch):
+    config = language_config(**MHA, num_hidden_layers=1)
+    config.num_key_value_heads = num_key_heads
+    config._attn_implementation = "eager"
+    attention = seeded(DeepseekV2MultiHeadAttention, config, 0)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 1, 48, generator=generator)
+    tables = DeepseekV2RotaryEmbedding(config)(torch.tensor([[LENGTH]]))
+    mask = torch.zeros(2, 1, 1, LENGTH + 1, dtype=torch.bool) if is_padded else None
+    if mask is not None:
+        mask[0, ..., 3:] = mask[1] = True
+    outputs = []
+    for implementation in ("eager", "sdpa"):
+        if implementation == "sdpa":  # the fused kernel must not be asked
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        config._attn_implementation = implementation
+        cache = DynamicCache()
+        generator.manual_seed(1)
+        cache.update(*torch.randn(2, 2, num_key_heads, LENGTH, 8, generator=generator), 0)
+        added = mask if mask is None or implementation == "sdpa" else torch.where(mask, 0.0, torch.finfo().min)
+        outputs.append(attention(hidden, tables, attention_mask=added, past_key_values=cache)[0])
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)

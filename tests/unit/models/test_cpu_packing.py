@@ -1,0 +1,148 @@
+"""A packed model is the same model: answers, keys, bits."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from small_models import LANGUAGE, VARIANTS, language_config, make_inputs, seeded, vl_config
+from torch import nn
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, cpu_packing
+from deepseek_vl2.models.cpu_packing import PackedExperts, PackedLinear, is_packing_supported, pack_weights
+from deepseek_vl2.models.modeling_deepseek import DeepseekV2Experts, DeepseekV2ForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def untested():
+    is_packing_supported.cache_clear()
+    yield
+    is_packing_supported.cache_clear()
+
+
+def plain_model(variant: str = "small") -> DeepseekVLV2ForCausalLM:
+    return seeded(DeepseekVLV2ForCausalLM, vl_config(VARIANTS[variant])).to(torch.bfloat16)
+
+
+def packed_model(variant: str = "small") -> DeepseekVLV2ForCausalLM:
+    model = plain_model(variant)
+    assert pack_weights(model) > 0
+    return model
+
+
+def is_same(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_model(variant):
+    inputs = make_inputs([(2, 1)])
+    exact = plain_model(variant).float()(**inputs).logits
+    plain = plain_model(variant)(**inputs).logits.float()
+    packed = packed_model(variant)(**inputs).logits.float()
+    # Both round on the way, in different places: neither is farther from the exact numbers than the other by much.
+    assert (packed - exact).norm() < 1.2 * (plain - exact).norm()
+
+
+def test_every_layer_is_packed_but_those_read_elsewhere():
+    model = plain_model("small")
+    num_linear = sum(type(layer) is nn.Linear for layer in model.modules())
+    num_experts = sum(isinstance(layer, DeepseekV2Experts) for layer in model.modules())
+    assert num_experts == 2
+    assert pack_weights(model) == num_linear - LANGUAGE["num_hidden_layers"] + num_experts
+    left = {name.rsplit(".", 1)[1] for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    assert left == {"kv_b_proj"}
+    assert not any(isinstance(layer, DeepseekV2Experts) for layer in model.modules())
+    assert pack_weights(model) == 0  # nothing is left to do
+    assert all(isinstance(block.mlp.act, nn.Identity) for block in model.vision.blocks)
+
+
+def test_a_tied_output_layer_stays():
+    model = seeded(DeepseekV2ForCausalLM, language_config(tie_word_embeddings=True)).to(torch.bfloat16)
+    pack_weights(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_keys_and_bits_survive_saving_copying_and_pickling(tmp_path):
+    plain, packed = plain_model("base"), packed_model("base")
+    assert is_same(packed, plain)
+    assert is_same(copy.deepcopy(packed), plain)
+    assert isinstance(copy.deepcopy(packed).language.lm_head, PackedLinear)
+    layer = pickle.loads(pickle.dumps(packed.language.lm_head))
+    assert torch.equal(layer.state_dict()["weight"], plain.language.lm_head.weight)
+    packed.save_pretrained(tmp_path)
+    assert is_same(DeepseekVLV2ForCausalLM.from_pretrained(tmp_path), plain)
+
+
+@torch.no_grad()
+def test_another_type_makes_weights_plain_again():
+    inputs = make_inputs([(1, 1)])
+    packed = packed_model()
+    assert packed.to(torch.bfloat16).language.lm_head.packed  # nothing changes, nothing is unpacked
+    exact = plain_model().float()
+    widened = packed.float()
+    assert is_same(widened, exact)
+    torch.testing.assert_close(widened(**inputs).logits, exact(**inputs).logits)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@torch.no_grad()
+def test_experts_equal_the_plain_loop(num_tokens):
+    experts = seeded(DeepseekV2Experts, language_config()).to(torch.bfloat16)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(num_tokens, 48, generator=generator).bfloat16()
+    scores = torch.rand(num_tokens, 12, generator=generator)
+    weights, indices = scores.topk(3)
+    exact = copy.deepcopy(experts).float()(hidden.float(), indices, weights)
+    found = PackedExperts(experts)(hidden, indices, weights)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=0.03 * float(exact.abs().max()), rtol=0.02)
+
+
+@torch.no_grad()
+def test_each_hit_expert_is_read_once(monkeypatch):
+    experts = PackedExperts(seeded(DeepseekV2Experts, language_config()).to(torch.bfloat16))
+    calls = []
+    original = experts._project
+    monkeypatch.setattr(experts, "_project", lambda x, name, expert: calls.append(expert) or original(x, name, expert))
+    indices = torch.tensor([[3, 7, 11], [3, 0, 7], [7, 3, 11], [3, 7, 0]])
+    experts(torch.randn(4, 48).bfloat16(), indices, torch.rand(4, 3))
+    assert calls == [0, 3, 7, 11] * 2  # once for each of the two projections
+
+
+def test_gradients_pass_through():
+    layer = nn.Linear(24, 40).to(torch.bfloat16)
+    rows = torch.randn(3, 24).bfloat16().requires_grad_()
+    layer(rows).float().square().sum().backward()
+    expected, rows.grad = rows.grad, None
+    PackedLinear(layer)(rows).float().square().sum().backward()
+    torch.testing.assert_close(rows.grad, expected)
+
+
+def test_a_training_model_is_refused():
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        pack_weights(plain_model().train())
+
+
+def test_float32_is_left_alone():
+    assert pack_weights(plain_model().float()) == 0
+
+
+@pytest.mark.parametrize("failure", ["wrong", "raises"])
+def test_operators_that_fail_are_announced_and_not_used(monkeypatch, caplog, failure):
+    def broken(*args):
+        if failure == "raises":
+            raise RuntimeError("no such primitive")
+        return torch.zeros(3, 48, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(cpu_packing, "_packed_linear", broken)
+    with caplog.at_level(logging.WARNING):
+        assert pack_weights(plain_model()) == 0
+        assert pack_weights(plain_model()) == 0
+    assert len(caplog.records) == 1
+    assert ("no such primitive" if failure == "raises" else "wrong results") in caplog.text
