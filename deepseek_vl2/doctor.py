@@ -197,7 +197,7 @@ def format_report(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in report["versions"].items())
     lines = [
         f"deepseek_vl2 {report['version']}, Python {machine['python']}, {versions}",
-        f"{machine['platform']}, {machine['memory_gb']} GB of memory, {machine['free_gb']} GB free on the chosen device",
+        f"{machine['platform']}, {machine['memory_gb']} GB of memory, {machine['free_gb']} GB free for the model",
         "",
         "Chosen here, if nothing else is asked for:",
     ]
