@@ -23,6 +23,7 @@ from benchmarks.limits import Limits
 from benchmarks.load_once import add_load_arguments, load_options, measure_load
 from benchmarks.profiling import format_profile, profile
 from benchmarks.results import Figure, figures_as_json, format_table
+from benchmarks.turns import measure_turns
 from deepseek_vl2 import __version__
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
@@ -38,12 +39,13 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "first_token": measurements.measure_first_token,
     "decode": measurements.measure_decode,
     "batch": measurements.measure_batch,
+    "turns": measure_turns,
     "memory": measurements.measure_memory,
     "prefill_memory": measurements.measure_prefill_memory,
 }
 ALL_PARTS = (LOAD, *PARTS)
-# Takes much memory and time, so it runs only when it is asked for.
-DEFAULT_PARTS = tuple(part for part in ALL_PARTS if part != "prefill_memory")
+# prefill_memory takes much memory and time, and turns needs `serve.chat_session`: they run when they are asked for.
+DEFAULT_PARTS = tuple(part for part in ALL_PARTS if part not in ("prefill_memory", "turns"))
 CHECKPOINTS = Path("runs/benchmarks")
 MORE_MEMORY = "--quantize int8, --layers 4, or fewer --parts"
 

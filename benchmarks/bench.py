@@ -50,10 +50,14 @@ class Bench:
     def device(self) -> torch.device:
         return self.loaded.model.device
 
-    def prepare(self) -> Any:
-        """Lets the processor prepare a question about a picture of noise; on the model's device."""
+    def picture(self) -> Image.Image:
+        """A picture of noise."""
         pixels = np.random.default_rng(0).integers(0, 256, (PICTURE_SIZE[1], PICTURE_SIZE[0], 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels)
+        return Image.fromarray(pixels)
+
+    def prepare(self) -> Any:
+        """Lets the processor prepare a question about a picture; on the model's device."""
+        picture = self.picture()
         conversation = [
             {"role": "<|User|>", "content": QUESTION, "images": [picture]},
             {"role": "<|Assistant|>", "content": ""},

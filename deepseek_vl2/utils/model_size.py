@@ -15,8 +15,8 @@ from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
 PUBLISHED_SIZES = ("tiny", "small", "base")
 PUBLISHED_CONFIGS = Path(models.__file__).parent / "published_configs"
 # What a weight of a linear layer takes, its share of the scales included: of int8 one scale a row, which rounds to
-# nothing; of int4 a scale and a zero in 16 bits for 32 weights.
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 32}
+# nothing; of int4 a scale and a zero in 16 bits for 64 weights.
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
 QUANTIZATIONS = ("int8", "int4")
 # Parts by what their checkpoint keys hold; the first that matches counts.
 _PARTS = (

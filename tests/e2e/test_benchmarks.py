@@ -10,7 +10,7 @@ from benchmarks import __main__ as script
 from benchmarks.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.e2e
-QUICK = ["--repeats", "2", "--new_tokens", "4", "--buffer_mib", "2", "--product_side", "64", "--threads", "1"]
+QUICK = ["--repeats", "1", "--new_tokens", "4", "--buffer_mib", "2", "--product_side", "64", "--threads", "1"]
 LANGUAGE = {"vocab_size": 420, "bos_token_id": 400, "eos_token_id": 401, "pad_token_id": 402}
 
 
@@ -23,7 +23,8 @@ def checkpoint(tmp_path_factory):
 
 
 def test_every_part_gives_its_figures_and_the_last_line_is_json(checkpoint, capsys, tmp_path):
-    parts = [part for part in script.ALL_PARTS if part != "prefill_memory" or sys.platform == "linux"]
+    left_out = {"turns"} | ({"prefill_memory"} if sys.platform != "linux" else set())
+    parts = [part for part in script.ALL_PARTS if part not in left_out]
     arguments = ["--model_path", checkpoint, "--parts", ",".join(parts), "--dtype", "bfloat16", "--profile"]
     assert script.main([*arguments, "--plots", str(tmp_path), *QUICK]) == 0
     lines = capsys.readouterr().out.splitlines()
