@@ -15,9 +15,9 @@ from benchmarks.timing import synchronize
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.utils.io import LoadedModel
 
-# The picture of 640 x 480 pixels that the README's figures are about: five views of the published models.
+# Five views and 1,036 tokens of tiny and base.
 PICTURE_SIZE = (640, 480)
-QUESTION = "<image>\nWhat is there in this picture?"
+QUESTION = "<image>\nWhat is in this picture?"
 
 
 @dataclass

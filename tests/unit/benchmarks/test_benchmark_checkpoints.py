@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from small_models import VARIANTS, vl_config
 
 from benchmarks import checkpoints
+from benchmarks.bench import PICTURE_SIZE, QUESTION
 from benchmarks.checkpoints import (
     RandomNumbers,
     check_disk,
@@ -159,3 +161,13 @@ def test_a_vocabulary_without_room_for_bytes_is_refused():
 def test_index_counts_its_bytes(config, folder):
     index = json.loads((folder / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == check_weight_files(folder).num_bytes
+
+
+def test_the_benchmarks_question_to_tiny_has_1036_tokens():
+    config = published_config("tiny")
+    processor = DeepseekVLV2Processor(build_tokenizer(config.language_config), config.candidate_resolutions, 14, 2)
+    picture = Image.new("RGB", PICTURE_SIZE)
+    messages = [{"role": "<|User|>", "content": QUESTION}, {"role": "<|Assistant|>", "content": ""}]
+    inputs = processor(conversations=messages, images=[picture])
+    assert inputs.input_ids.shape == (1, 1036)
+    assert inputs.images_spatial_crop.tolist() == [[[2, 2]]]
