@@ -27,6 +27,7 @@ from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_gener
 from deepseek_vl2.serve.questions import place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
 
 EXAMPLE_IMAGE = Path(__file__).parent / "images" / "visual_grounding_1.jpeg"
@@ -69,7 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions; default: 1")
     parser.add_argument("--seed", type=int, default=None, help="for repeatable sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    parser.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
     parser.add_argument("--output", type=Path, default=Path("vg.jpg"), help="picture with boxes; default: vg.jpg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser.parse_args(arguments)
@@ -161,6 +162,7 @@ def answer(arguments: argparse.Namespace) -> None:
         )
     conversation = build_conversation(arguments.prompt, arguments.image)
     picture = (conversation[0]["images"] or [None])[-1]
+    use_chosen_num_threads()
     tokenizer, model, processor = load_model(
         arguments.model_path, arguments.dtype, device=arguments.device, adapter=arguments.adapter
     )

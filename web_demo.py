@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root_path", default="", help="path in front of the page, behind a proxy, such as /demo")
     parser.add_argument("--lazy_load", action="store_true", help="load the model with the first question")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="default: bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
     parser.add_argument("--share", action="store_true", help="open the page to the internet through gradio's servers")
     parser.add_argument(
         "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for a login; may be given repeatedly"

@@ -23,6 +23,7 @@ from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device, resolve_model_path
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
@@ -82,6 +83,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     )
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     begin_or_resume(options.output, settings)
+    use_chosen_num_threads()
     loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
     asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)

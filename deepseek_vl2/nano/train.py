@@ -53,7 +53,7 @@ class StageSettings:
         batch_size: Views (first two stages) or pictures (others) a batch.
         matrix_lr: Peak step of Muon, for matrices and stacks of experts.
         other_lr: Peak step of AdamW, for everything else.
-        warmup_share: Part of the stage over which steps grow from 0.
+        warmup_batches: Batches over which steps grow from 0.
         decay_share: Part of the stage, at its end, over which they shrink.
         last_factor: Part of the peak that they shrink to.
         growing_share: Part of the stage, at its start, over which scenes and pictures grow.
@@ -66,7 +66,7 @@ class StageSettings:
     batch_size: int
     matrix_lr: float
     other_lr: float
-    warmup_share: float = 0.03
+    warmup_batches: int = 36
     decay_share: float = 0.4
     last_factor: float = 0.0
     growing_share: float = 0.0
@@ -78,7 +78,7 @@ class StageSettings:
         """Factor on both steps: linear growth, a plateau, linear decay."""
         progress = (batch + 1) / self.num_batches
         decay = self.last_factor + (1 - self.last_factor) * (1 - progress) / self.decay_share
-        return max(0.0, min(1.0, progress / self.warmup_share, decay))
+        return max(0.0, min(1.0, (batch + 1) / self.warmup_batches, decay))
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,18 @@ class TrainingSettings:
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
     letters: StageSettings = field(
-        default_factory=lambda: StageSettings(700, 128, 2.4e-3, 1.6e-3, decay_share=0.7, page_share=0.6)
+        default_factory=lambda: StageSettings(
+            700, 128, 2.4e-3, 1.6e-3, warmup_batches=21, decay_share=0.7, page_share=0.6
+        )
     )
     answers: StageSettings = field(
         default_factory=lambda: StageSettings(
-            800, 32, 3e-3, 2e-3, last_factor=1.0, growing_share=0.5, count_weight=COUNT_WEIGHT
+            800, 32, 3e-3, 2e-3, warmup_batches=24, last_factor=1.0, growing_share=0.5, count_weight=COUNT_WEIGHT
         )
     )
     together: StageSettings = field(
         default_factory=lambda: StageSettings(
-            1900, 32, 2e-3, 1.4e-3, decay_share=0.85, last_small_share=0.35, count_weight=COUNT_WEIGHT
+            1100, 32, 2e-3, 1.4e-3, warmup_batches=57, decay_share=0.5, last_small_share=0.35, count_weight=COUNT_WEIGHT
         )
     )
     tokens_a_row: int = 128
@@ -126,12 +128,16 @@ class TrainingSettings:
     save_every: int = 100
 
     def scaled(self, share: float) -> "TrainingSettings":
-        """The same training with a part of each stage's batches, at least one."""
+        """The same training with a part of each stage's batches and of its warm-up, at least one."""
         stages = {name: getattr(self, name) for name in STAGES}
         return replace(
             self,
             **{
-                name: replace(stage, num_batches=max(1, round(stage.num_batches * share)))
+                name: replace(
+                    stage,
+                    num_batches=max(1, round(stage.num_batches * share)),
+                    warmup_batches=max(1, round(stage.warmup_batches * share)),
+                )
                 for name, stage in stages.items()
             },
         )

@@ -18,13 +18,13 @@ MAX_ADVISED_TEMPERATURE = 0.7
 
 
 def load_model(
-    model_path: str, dtype: str | torch.dtype = torch.bfloat16, **options: Any
+    model_path: str, dtype: str | torch.dtype | None = None, **options: Any
 ) -> tuple[PreTrainedTokenizerBase, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor]:
     """Loads a model as `deepseek_vl2.utils.io.load_pretrained_model` does, in the order of the reference.
 
     Args:
         model_path: `"nano"`, a checkpoint folder or a name on the hub.
-        dtype: Type of the weights.
+        dtype: Type of the weights; what suits the device if None.
         **options: Passed on.
 
     Returns:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from deepseek_vl2.utils.adapter import check_adapter, merge_adapter
+from deepseek_vl2.utils.hardware import choose_device, choose_dtype
 from deepseek_vl2.utils.pictures import load_image, load_pil_images
 
 if TYPE_CHECKING:
@@ -105,9 +106,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     Raises:
         ValueError: an unknown name, or a device that this machine does not have.
     """
-    cuda_count, has_mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, _has_mps()
     if device == "auto":
-        return torch.device("cuda" if cuda_count else "mps" if has_mps else "cpu")
+        return choose_device().value
+    cuda_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -121,10 +123,6 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             f"device {str(device)!r} is not available here (there is: {', '.join(present)}); use --device cpu"
         )
     return chosen
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -145,7 +143,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def load_pretrained_model(
     path: str | os.PathLike[str],
-    dtype: str | torch.dtype = torch.bfloat16,
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
     **model_options: Any,
@@ -154,7 +152,7 @@ def load_pretrained_model(
 
     Args:
         path: see `resolve_model_path`. A hub name is downloaded once, then read from the cache.
-        dtype: see `resolve_dtype`.
+        dtype: see `resolve_dtype`; if None, what suits the device, see `hardware.choose_dtype`.
         device: see `resolve_device`. Leave it at `"auto"` when a `device_map` is among the options.
         adapter: folder of an adapter that was trained on this model; it is merged into the weights.
         model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`.
@@ -171,13 +169,15 @@ def load_pretrained_model(
     """
     from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
-    torch_dtype = resolve_dtype(dtype)
+    torch_dtype = None if dtype is None else resolve_dtype(dtype)
     if adapter is not None:
         check_adapter(adapter)
     model_options["device_map"] = _device_map(device, model_options)
     folder = _checkpoint_folder(resolve_model_path(path))
     processor = DeepseekVLV2Processor.from_pretrained(folder)
     _check_config(folder)
+    if torch_dtype is None:
+        torch_dtype = _choose_dtype(folder, device)
     config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
     processor.check_vocab(config.language_config.vocab_size)
     try:
@@ -205,6 +205,13 @@ def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> An
     if device != "auto":
         raise ValueError(f"give device={str(device)!r} or device_map={device_map!r}, not both")
     return device_map
+
+
+def _choose_dtype(folder: str, device: str | torch.device) -> torch.dtype:
+    num_bytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    choice = choose_dtype(resolve_device(device), num_bytes)
+    logger.info("weights are loaded as %s: %s", choice.value, choice.reason)
+    return choice.value
 
 
 def _checkpoint_folder(name_or_folder: str) -> str:

@@ -28,6 +28,7 @@ RANKS = {
     "deepseek_vl2.nano.": 5,
     "deepseek_vl2.nano": 0,  # where the checkpoint lies, and nothing else
     "deepseek_vl2.batch": 5,
+    "deepseek_vl2.doctor": 5,
     "deepseek_vl2.evaluate": 5,
     "deepseek_vl2.train": 5,
     "deepseek_vl2": 0,

@@ -25,6 +25,7 @@ from deepseek_vl2.serve.inference import sampling_options
 from deepseek_vl2.serve.picture_features import PictureFeatures
 from deepseek_vl2.serve.questions import place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream, stop_between_layers
+from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import LoadedModel, load_image, load_pretrained_model
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -38,12 +39,12 @@ class ModelOptions(NamedTuple):
 
     Attributes:
         path: `"nano"`, a checkpoint folder or a name on the hub.
-        dtype: type of the weights.
+        dtype: type of the weights; None for what suits the device.
         device: where to run.
     """
 
     path: str
-    dtype: str
+    dtype: str | None
     device: str
 
 
@@ -70,6 +71,7 @@ def load_answerer(
         ValueError: as in `load_pretrained_model`, like its other errors.
     """
     set_state(LoadState(LOADING))
+    use_chosen_num_threads()
     with _reported(lambda fraction: set_state(LoadState(WEIGHTS, fraction))):
         loaded = load_pretrained_model(options.path, dtype=options.dtype, device=options.device)
     return ModelAnswerer(loaded, limits, folder)

@@ -30,7 +30,7 @@ class ServerOptions:
         model_path: `"nano"`, a checkpoint folder or a name on the hub.
         model_name: what the page calls it.
         device: where the model runs.
-        dtype: type of its weights.
+        dtype: type of its weights; None for what suits the device.
         chunk_size: what the page's setting begins with.
         concurrency: answers at the same time.
         max_image_mb: largest upload.
@@ -43,7 +43,7 @@ class ServerOptions:
     model_path: str
     model_name: str
     device: str
-    dtype: str
+    dtype: str | None
     chunk_size: int
     concurrency: int
     max_image_mb: float

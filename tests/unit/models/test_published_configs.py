@@ -1,20 +1,17 @@
-"""The three published configurations, see `data/README.md`."""
-
-import json
-from pathlib import Path
+"""The three published configurations, see `published_configs/README.md` among the models."""
 
 import pytest
 import torch
 
-from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.modeling_deepseek import (
     DeepseekV2Attention,
     DeepseekV2MLP,
     DeepseekV2MoE,
     DeepseekV2MultiHeadAttention,
 )
+from deepseek_vl2.utils.model_size import published_config
 
-DATA = Path(__file__).parent / "data"
 SIZES = ("tiny", "small", "base")
 EFFECTIVE = {
     "hidden_size": (1280, 2048, 2560),
@@ -54,25 +51,21 @@ NUM_PARAMETERS = {"tiny": 3.3705e9, "small": 16.148e9, "base": 27.48e9}
 ATTENTION_POOL = 15_238_352
 
 
-def published(size: str) -> DeepseekVLV2Config:
-    return DeepseekVLV2Config.from_dict(json.loads((DATA / f"hub_{size}.json").read_text()))
-
-
 @pytest.fixture(scope="module", params=SIZES)
 def model(request):
     with torch.device("meta"):
-        return DeepseekVLV2ForCausalLM(published(request.param)), request.param
+        return DeepseekVLV2ForCausalLM(published_config(request.param)), request.param
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", EFFECTIVE)
 def test_effective_language_values(name, size):
-    assert getattr(published(size).language_config, name) == EFFECTIVE[name][SIZES.index(size)]
+    assert getattr(published_config(size).language_config, name) == EFFECTIVE[name][SIZES.index(size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_effective_values_of_the_other_parts(size):
-    config = published(size)
+    config = published_config(size)
     assert {name: getattr(config.vision_config, name) for name in VISION} == VISION
     assert config.vision_config.patches_per_side == 27
     assert config.projector_config.tokens_per_side(27) == 14

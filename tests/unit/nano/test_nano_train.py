@@ -211,7 +211,7 @@ def test_checkpoint_is_the_model_in_bfloat16(undisturbed, tmp_path):
 
 
 def test_steps_grow_stay_and_shrink():
-    stage = StageSettings(100, 8, 1.0, 1.0, warmup_share=0.1, decay_share=0.4, last_factor=0.2)
+    stage = StageSettings(100, 8, 1.0, 1.0, warmup_batches=10, decay_share=0.4, last_factor=0.2)
     factors = [stage.lr_factor(batch) for batch in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[4] == pytest.approx(0.5)
     assert factors[9:60] == [pytest.approx(1.0)] * 51
@@ -224,7 +224,8 @@ def test_scaled_settings_keep_everything_but_the_length():
     part = whole.scaled(0.1)
     for name in STAGES:
         stage = getattr(whole, name)
-        assert getattr(part, name) == replace(stage, num_batches=round(stage.num_batches / 10))
+        shorter = {count: round(getattr(stage, count) / 10) for count in ("num_batches", "warmup_batches")}
+        assert getattr(part, name) == replace(stage, **shorter)
     assert replace(part, **{name: getattr(whole, name) for name in STAGES}) == whole
     assert whole.scaled(1.0) == whole
     assert [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES] == [1] * len(STAGES)

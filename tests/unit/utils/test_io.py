@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepseek_vl2.utils import io
+from deepseek_vl2.utils.hardware import Choice
 from deepseek_vl2.utils.io import load_json, load_pretrained_model, resolve_device, resolve_dtype, resolve_model_path
 
 
@@ -75,6 +76,7 @@ def test_a_file_is_no_model_folder(tmp_path):
 def _machine(monkeypatch, cuda, mps):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
@@ -177,6 +179,23 @@ def test_loader_returns_tokenizer_processor_model(checkpoint):
     assert not model.training and model.weight.dtype == torch.float32
     assert FakeModel.options["attn_implementation"] == "eager"
     assert FakeModel.options["device_map"] == {"": torch.device("cpu")}
+
+
+def test_the_type_of_weights_is_chosen_by_hardware_unless_given(checkpoint, monkeypatch):
+    asked = []
+
+    def choose(device, num_bytes):
+        asked.append((device, num_bytes))
+        return Choice(torch.float16, "a test")
+
+    monkeypatch.setattr(io, "choose_dtype", choose)
+    for name, size in (("model-1.safetensors", 3), ("model-2.safetensors", 4)):
+        (checkpoint / name).write_bytes(b"x" * size)
+    assert load_pretrained_model(checkpoint, device="cpu").model.weight.dtype == torch.float16
+    assert asked == [(torch.device("cpu"), 7)]
+    assert load_pretrained_model(checkpoint, torch.bfloat16, "cpu").model.weight.dtype == torch.bfloat16
+    assert load_pretrained_model(checkpoint, "float32", "cpu").model.weight.dtype == torch.float32
+    assert len(asked) == 1
 
 
 def test_loader_takes_a_device_map_instead_of_a_device(checkpoint):

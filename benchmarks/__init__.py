@@ -1,0 +1,1 @@
+"""Measures load, speed and memory beside the machine's own limits, see README.md here."""

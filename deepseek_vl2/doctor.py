@@ -1,0 +1,245 @@
+"""Says what the library chooses on this machine and why, and which models fit: `python -m deepseek_vl2.doctor`.
+
+With `--model_path` it also checks that the checkpoint is complete and fits. Exit codes: 0; 1 if the checkpoint is
+incomplete or too large; 2 after an error that the user can mend.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from packaging.requirements import Requirement
+
+from deepseek_vl2 import __version__
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.utils.checkpoint_files import check_weight_files
+from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
+from deepseek_vl2.utils.io import resolve_model_path
+from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, cache_bytes_per_token, published_config, weight_bytes
+
+PROGRAM = "python -m deepseek_vl2.doctor"
+VERSIONS_OF = ("torch", "transformers", "timm")
+WEIGHTS = ("bfloat16", "int8", "int4")
+CONTEXT = 4096
+# Above this share of the free memory a model leaves little for what it computes.
+TIGHT = 0.9
+GB = 1e9
+
+
+def diagnose(model_path: str | None = None) -> dict[str, Any]:
+    """Collects everything that the command prints, in the types of JSON.
+
+    Args:
+        model_path: See `utils.io.resolve_model_path`; None for the machine alone.
+
+    Raises:
+        ValueError: The name is none, or the configuration is not one of this library's.
+        OSError: There is no such folder.
+    """
+    device = choose_device()
+    free = free_bytes(device.value)
+    report = {
+        "version": __version__,
+        "machine": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "memory_gb": round(psutil.virtual_memory().total / GB, 2),
+            "free_gb": round(free / GB, 2),
+        },
+        "versions": {name: installed_version(name) for name in VERSIONS_OF},
+        "extras": missing_packages(),
+        "choices": {"device": {"value": str(device.value), "reason": device.reason}} | choices(device.value),
+        "fits": [fit_of(published_config(size), size, kind, free) for size in PUBLISHED_SIZES for kind in WEIGHTS],
+    }
+    if model_path is not None:
+        report["model"] = check_model(model_path, device.value, free)
+    return report
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a model may take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes()
+
+
+def choices(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Type of weights, threads and kernels, each with `value` and `reason`."""
+    dtype, num_threads = choose_dtype(device), choose_num_threads()
+    kernels = chosen_kernels()
+    from_transformers = "what transformers settles on for this model and the installed packages"
+    return {
+        "dtype": {"value": _name(dtype.value), "reason": dtype.reason},
+        "threads": {"value": num_threads.value, "reason": num_threads.reason},
+        "attention": {"value": kernels["attention"], "reason": from_transformers},
+        "vision_attention": {"value": kernels["vision_attention"], "reason": "the exact kernel that runs everywhere"},
+        "experts": {"value": kernels["experts"], "reason": from_transformers},
+    }
+
+
+def chosen_kernels() -> dict[str, str]:
+    """Names of the kernels that a model gets whose loader is told nothing about them."""
+    config = published_config("tiny")
+    config.language_config.num_hidden_layers = 2
+    config.vision_config.layers = 1
+    with torch.device("meta"):
+        model = DeepseekVLV2ForCausalLM(config)
+    language: Any = model.language.config
+    return {
+        "attention": language._attn_implementation,
+        "vision_attention": model.vision.attn_implementation,
+        "experts": language._experts_implementation,
+    }
+
+
+def fit_of(config: DeepseekVLV2Config, name: str, weights: str, free: int) -> dict[str, Any]:
+    """What a model takes, and whether that fits.
+
+    Args:
+        config: The model's.
+        name: How to call it.
+        weights: A key of `model_size.BYTES_PER_WEIGHT`.
+        free: Bytes of memory that it may take.
+
+    Returns:
+        `model`, `weights`, `needs_gb` (weights, and the cache of `CONTEXT` tokens) and `verdict`: yes, tight or no.
+    """
+    needed = weight_bytes(config, weights) + CONTEXT * cache_bytes_per_token(config)
+    verdict = "no" if needed > free else "tight" if needed > TIGHT * free else "yes"
+    return {"model": name, "weights": weights, "needs_gb": round(needed / GB, 2), "verdict": verdict}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """For each optional extra of this library the packages that are not installed; empty lists are ready to use."""
+    try:
+        described = importlib.metadata.metadata("deepseek_vl2")
+    except importlib.metadata.PackageNotFoundError:  # run from its source without being installed
+        return {}
+    requirements = [Requirement(text) for text in importlib.metadata.requires("deepseek_vl2") or ()]
+    missing: dict[str, list[str]] = {}
+    for extra in described.get_all("Provides-Extra") or ():
+        needed = [item for item in requirements if item.marker is not None and item.marker.evaluate({"extra": extra})]
+        missing[extra] = sorted({item.name for item in needed if installed_version(item.name) is None})
+    return missing
+
+
+def check_model(model_path: str, device: torch.device, free: int) -> dict[str, Any]:
+    """Whether a checkpoint is complete and fits.
+
+    Raises:
+        ValueError: See `diagnose`.
+        OSError: See `diagnose`.
+    """
+    folder = _local_folder(model_path)
+    if folder is None:
+        problem = f"{model_path} is not in the cache yet; it is downloaded when it is loaded first"
+        return {"path": model_path, "problems": [problem]}
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
+    config: Any = DeepseekVLV2Config.from_pretrained(folder)
+    found = check_weight_files(folder)
+    missing = [name for name in ("processor_config.json", "tokenizer.json") if not (folder / name).is_file()]
+    problems = found.problems + [f"{name} is missing: the processor cannot be loaded" for name in missing]
+    dtype = choose_dtype(device, found.num_bytes)
+    weights = "float32" if dtype.value == torch.float32 else "bfloat16"
+    fits = [fit_of(config, Path(model_path).name, kind, free) for kind in dict.fromkeys((weights, *WEIGHTS))]
+    if fits[0]["verdict"] == "no":
+        others = [fit["weights"] for fit in fits if fit["verdict"] != "no"]
+        way_out = f"{' or '.join(others)} would fit" if others else "a smaller model may fit"
+        problems.append(f"it needs {fits[0]['needs_gb']} GB in {weights}, {free / GB:.2f} GB are free; {way_out}")
+    return {
+        "path": str(folder),
+        "num_files": len(found.files),
+        "size_gb": round(found.num_bytes / GB, 3),
+        "dtype": _name(dtype.value),
+        "fits": fits,
+        "problems": problems,
+    }
+
+
+def _local_folder(model_path: str) -> Path | None:
+    """Folder of a model here or in the hub's cache; None for a hub name that is not in it."""
+    resolved = resolve_model_path(model_path)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    try:
+        return Path(snapshot_download(resolved, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise ValueError(f"{model_path!r} is neither a folder here nor a possible name on the hub: {error}") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as text."""
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in report["versions"].items())
+    lines = [
+        f"deepseek_vl2 {report['version']}, Python {machine['python']}, {versions}",
+        f"{machine['platform']}, {machine['memory_gb']} GB of memory, {machine['free_gb']} GB free for the model",
+        "",
+        "Chosen here, if nothing else is asked for:",
+    ]
+    lines += [f"  {name:16} {choice['value']!s:12} {choice['reason']}" for name, choice in report["choices"].items()]
+    lines += ["", f"Would it fit? Weights and the cache of {CONTEXT:,} tokens, estimated:"]
+    lines += [_fit_line(fit) for fit in report["fits"]]
+    if report["extras"]:
+        lines += ["", "Optional extras:"]
+        for name, missing in report["extras"].items():
+            state = f"lacks {', '.join(missing)}: pip install 'deepseek_vl2[{name}]'" if missing else "ready"
+            lines.append(f"  {name:16} {state}")
+    if "model" in report:
+        lines += ["", *_model_lines(report["model"])]
+    return "\n".join(lines)
+
+
+def _fit_line(fit: dict[str, Any]) -> str:
+    return f"  {fit['model']:16} {fit['weights']:12} {fit['needs_gb']:7.2f} GB  {fit['verdict']}"
+
+
+def _model_lines(model: dict[str, Any]) -> list[str]:
+    lines = [f"The model {model['path']}:"]
+    if "num_files" in model:
+        lines.append(f"  {model['num_files']} weight files of {model['size_gb']} GB, loaded as {model['dtype']}")
+        lines += [_fit_line(fit) for fit in model["fits"]]
+    return lines + ([f"  PROBLEM: {problem}" for problem in model["problems"]] or ["  complete, and it fits"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Say what is chosen on this machine, and what fits.")
+    parser.add_argument("--model_path", help="also check this model: 'nano', a checkpoint folder or a name on the hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    options = parser.parse_args(arguments)
+    try:
+        report = diagnose(options.model_path)
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, ensure_ascii=False) if options.json else format_report(report))
+    return 1 if report.get("model", {}).get("problems") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""What this machine has, and what that makes the best device, type of weights and number of threads."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import psutil
+import torch
+
+T = TypeVar("T")
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Share of the free memory that weights may take when a type of weights is chosen: activations need some too.
+USABLE_MEMORY = 0.8
+_NATIVE_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """What was chosen, and why."""
+
+    value: T
+    reason: str
+
+
+def choose_device() -> Choice[torch.device]:
+    """The fastest device: CUDA, else an Apple GPU, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        return Choice(torch.device("cuda"), f"CUDA device {torch.cuda.get_device_name()}")
+    if torch.backends.mps.is_available():
+        return Choice(torch.device("mps"), "an Apple GPU")
+    return Choice(torch.device("cpu"), "neither CUDA nor an Apple GPU is available to torch")
+
+
+def choose_dtype(device: torch.device, num_bytes: int | None = None) -> Choice[torch.dtype]:
+    """The type of weights that suits a device. The published weights are bfloat16.
+
+    Args:
+        device: Where the model runs.
+        num_bytes: Bytes of the checkpoint in a type of 16 bits, if known: float32 is not chosen unless it fits.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return Choice(torch.bfloat16, f"compute capability {major}.{minor} has bfloat16")
+        return Choice(
+            torch.float16,
+            f"compute capability {major}.{minor} has no bfloat16, only float16, whose range is smaller; "
+            "take float32 if answers are garbage",
+        )
+    if device.type == "mps":
+        if torch.backends.mps.is_macos_or_newer(14, 0):
+            return Choice(torch.bfloat16, "macOS 14 or later has bfloat16")
+        return Choice(torch.float16, "macOS before 14 has no bfloat16, only float16")
+    return _choose_cpu_dtype(cpu_bfloat16_support(), num_bytes)
+
+
+def _choose_cpu_dtype(support: str, num_bytes: int | None) -> Choice[torch.dtype]:
+    if support == "native":
+        return Choice(torch.bfloat16, "the CPU has instructions for bfloat16")
+    if support == "converted":
+        return Choice(torch.bfloat16, "the CPU converts bfloat16 with AVX512; it halves what is read from memory")
+    if support == "unknown":
+        return Choice(torch.bfloat16, "the CPU's instructions are unknown; this is the published type")
+    free = available_bytes()
+    if num_bytes is not None and 2 * num_bytes > USABLE_MEMORY * free:
+        return Choice(
+            torch.bfloat16,
+            f"the CPU has no fast bfloat16, but float32 would take {2 * num_bytes / 1e9:.1f} of {free / 1e9:.1f} GB",
+        )
+    return Choice(torch.float32, "the CPU has no fast bfloat16, and torch is many times slower in it than in float32")
+
+
+def choose_num_threads() -> Choice[int]:
+    """Threads for work on the CPU: one for each physical core that this process may use.
+
+    A second thread on the same core shares its units for products and its path to memory, so it gains nothing.
+    """
+    given = [f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if os.environ.get(name)]
+    if given:
+        return Choice(torch.get_num_threads(), f"set by {' and '.join(given)}")
+    num_cores = num_physical_cores()
+    quota = cpu_quota()
+    if quota is not None and quota < num_cores:
+        return Choice(max(1, int(quota)), f"the container may use {quota:g} of {num_cores} physical cores")
+    num_logical = len(allowed_cpus())
+    more = f", which are {num_logical} logical ones" if num_logical != num_cores else ""
+    return Choice(num_cores, f"physical cores that this process may use{more}")
+
+
+def use_chosen_num_threads() -> int:
+    """Makes torch use `choose_num_threads`, for scripts; a library leaves that to its caller. Returns the number."""
+    num_threads = choose_num_threads().value
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def allowed_cpus() -> list[int]:
+    """Numbers of the logical cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def num_physical_cores(root: Path = Path("/")) -> int:
+    """Physical cores among `allowed_cpus`.
+
+    Args:
+        root: Where `sys` is mounted.
+    """
+    cpus = allowed_cpus()
+    siblings = set()
+    for cpu in cpus:
+        file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        text = _read(file)
+        if text is None:
+            return min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
+        siblings.add(text)
+    return len(siblings)
+
+
+def cpu_bfloat16_support(root: Path = Path("/")) -> str:
+    """How the CPU computes in bfloat16.
+
+    Args:
+        root: Where `proc` is mounted.
+
+    Returns:
+        `native` (own instructions), `converted` (AVX512, to which torch's kernels convert), `none` or `unknown`.
+    """
+    if platform.system() == "Darwin":
+        return "native" if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else "none"
+    flags = cpu_flags(root)
+    if flags.intersection(_NATIVE_BFLOAT16_FLAGS):
+        return "native"
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        return "converted"
+    return "none" if flags else "unknown"
+
+
+def cpu_flags(root: Path = Path("/")) -> set[str]:
+    """Instruction sets that Linux names for the first core; empty elsewhere."""
+    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(value.split())
+    return set()
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process can still take: what is free on the machine, and left of the container's."""
+    free = psutil.virtual_memory().available
+    for folder in _cgroup_folders("memory", root):
+        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
+        used = _number(folder, "memory.current", "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            free = min(free, max(0, int(limit - used + _reclaimable(folder))))
+    return free
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that a container may use; None if there is no limit."""
+    quotas = []
+    for folder in _cgroup_folders("cpu", root):
+        both = (_read(folder / "cpu.max") or "").split()
+        if not both:
+            both = [_read(folder / name) or "" for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        if all(value.isdigit() for value in both) and float(both[1]) > 0:
+            quotas.append(float(both[0]) / float(both[1]))
+    return min(quotas, default=None)
+
+
+def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+    """Folders of the control groups that limit this process, its own first; version 2 and 1 of Linux' interface."""
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / (controllers and controller)
+        own = base / path.lstrip("/")
+        # Seen from inside a container, the outer part of the path may be missing.
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(base) and folder.is_dir())
+
+
+def _number(folder: Path, *names: str) -> float | None:
+    """The number in the first of some files that is there and holds one."""
+    texts = (_read(folder / name) for name in names)
+    return next((float(text) for text in texts if text is not None and text.isdigit()), None)
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files in memory that count as used but are given up when others need the memory."""
+    for line in (_read(folder / "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

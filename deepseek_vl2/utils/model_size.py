@@ -1,0 +1,121 @@
+"""How many weights a model has and how many bytes they and its cache take, from its configuration alone."""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek_vl2 import models
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+
+PUBLISHED_SIZES = ("tiny", "small", "base")
+PUBLISHED_CONFIGS = Path(models.__file__).parent / "published_configs"
+# What a weight of a linear layer takes, its share of the scales included: of int8 one scale a row, which rounds to
+# nothing; of int4 a scale and a zero in 16 bits for 64 weights.
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
+QUANTIZATIONS = ("int8", "int4")
+# Parts by what their checkpoint keys hold; the first that matches counts.
+_PARTS = (
+    ("vision", r"^vision\."),
+    ("projector", r"^(projector\.|image_newline$|view_seperator$)"),
+    ("embeddings", r"\.embed_tokens\."),
+    ("lm_head", r"\.lm_head\."),
+    ("shared_experts", r"\.mlp\.shared_experts\."),
+    ("experts", r"\.mlp\.experts\."),
+    ("router", r"\.mlp\.gate\."),
+    ("dense_mlp", r"\.mlp\."),
+    ("attention", r"\.self_attn\."),
+)
+OTHER_PART = "norms"
+PARTS = (*(part for part, _ in _PARTS), OTHER_PART)
+_FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+
+
+def published_config(size: str) -> DeepseekVLV2Config:
+    """The configuration of a published checkpoint.
+
+    Args:
+        size: One of `PUBLISHED_SIZES`.
+
+    Raises:
+        ValueError: There is no such size.
+    """
+    if size not in PUBLISHED_SIZES:
+        raise ValueError(f"unknown size {size!r}: take one of {', '.join(PUBLISHED_SIZES)}")
+    content = json.loads((PUBLISHED_CONFIGS / f"{size}.json").read_text(encoding="utf-8"))
+    return DeepseekVLV2Config.from_dict(content)  # type: ignore[return-value]
+
+
+def checkpoint_shapes(config: DeepseekVLV2Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a checkpoint, in the published layout: experts stand one by one."""
+    with torch.device("meta"):
+        model = DeepseekVLV2ForCausalLM(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        fused = _FUSED_EXPERTS.match(name)
+        if fused is None:
+            shapes[name] = shape
+            continue
+        num_experts, rows, columns = shape
+        layers = {"down_proj": rows} if fused[2] == "down_proj" else {"gate_proj": rows // 2, "up_proj": rows // 2}
+        for expert in range(num_experts):
+            shapes |= {f"{fused[1]}.{expert}.{layer}.weight": (height, columns) for layer, height in layers.items()}
+    return shapes
+
+
+def part_of(name: str) -> str:
+    """The part of the model, one of `PARTS`, that a parameter belongs to, by its name."""
+    return next((part for part, pattern in _PARTS if re.search(pattern, name)), OTHER_PART)
+
+
+def parameters_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
+    """Weights of each part in `PARTS`; the vision tower's attention pool, which never runs, is among them."""
+    counts = Counter(dict.fromkeys(PARTS, 0))
+    for name, shape in checkpoint_shapes(config).items():
+        counts[part_of(name)] += 0 if name.endswith(".e_score_correction_bias") else math.prod(shape)
+    return dict(counts)
+
+
+def active_weights_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
+    """Weights of each part of the language model that one decoded token is multiplied with."""
+    language = config.language_config
+    counts = parameters_by_part(config)
+    active = {part: counts[part] for part in ("attention", "dense_mlp", "router", "shared_experts", "lm_head")}
+    active["experts"] = counts["experts"]
+    if language.n_routed_experts:
+        active["experts"] = counts["experts"] * language.num_experts_per_tok // language.n_routed_experts
+    return active
+
+
+def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether int8 and int4 store a weight in fewer bits: linear layers and experts, but not router and embeddings."""
+    return name.endswith(".weight") and len(shape) == 2 and part_of(name) not in ("router", "embeddings")
+
+
+def weight_bytes(config: DeepseekVLV2Config, weights: str) -> int:
+    """Bytes of all weights.
+
+    Args:
+        config: The model's.
+        weights: A key of `BYTES_PER_WEIGHT`. What stays exact under int8 and int4 counts as bfloat16.
+    """
+    exact = 2.0 if weights in QUANTIZATIONS else BYTES_PER_WEIGHT[weights]
+    total = 0.0
+    for name, shape in checkpoint_shapes(config).items():
+        total += math.prod(shape) * (BYTES_PER_WEIGHT[weights] if is_quantized(name, shape) else exact)
+    return round(total)
+
+
+def cache_bytes_per_token(config: DeepseekVLV2Config, bytes_per_number: int = 2) -> int:
+    """Bytes that the cache of all layers takes for one token: MLA's latent and rotated key, or keys and values."""
+    language: Any = config.language_config
+    if language.use_mla:
+        numbers = language.kv_lora_rank + language.qk_rope_head_dim
+    else:
+        numbers = 2 * language.num_key_value_heads * language.head_dim
+    return language.num_hidden_layers * numbers * bytes_per_number
