@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 
 def check_prompt_length(num_tokens: int, config: PreTrainedConfig) -> None:
@@ -31,6 +31,11 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
 
 
+def new_cache(config: PreTrainedConfig) -> Cache:
+    """An empty cache for a language model: keys and values of multi-head attention, the latent of MLA."""
+    return DynamicCache(config=config)
+
+
 class PrefilledGenerationMixin:
     """`generate` for prompts whose beginning is in a cache already, see `incremental_prefilling`."""
 
@@ -54,7 +59,7 @@ class PrefilledGenerationMixin:
             check_prompt_length(prompt.shape[1], config.get_text_config())
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache) and prompt is not None:
-            _check_cache(cache, prompt)
+            check_cache(cache, prompt)
             num_copies = self._num_rows_for_each_prompt(kwargs)
             if num_copies > 1:
                 cache.batch_repeat_interleave(num_copies)
@@ -70,7 +75,12 @@ class PrefilledGenerationMixin:
         return max(value("num_beams"), value("num_return_sequences"))
 
 
-def _check_cache(cache: Cache, prompt: torch.Tensor) -> None:
+def check_cache(cache: Cache, prompt: torch.Tensor) -> None:
+    """Refuses a cache that cannot hold the beginning of a prompt [B, T] or [B, T, D].
+
+    Raises:
+        ValueError: If it holds the whole prompt or more, or has another number of rows.
+    """
     num_cached, num_tokens = cache.get_seq_length(), prompt.shape[1]
     if num_cached >= num_tokens:
         raise ValueError(

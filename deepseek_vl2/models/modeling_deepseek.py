@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
-from .generation import PrefilledGenerationMixin, check_prompt_length
+from .generation import PrefilledGenerationMixin, check_prompt_length, new_cache
 
 # Those of transformers whose frequencies do not depend on the length of the prompt.
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -588,7 +588,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = new_cache(self.config)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         num_new = inputs_embeds.shape[1]
         if num_new > 1:
