@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """An embedded prompt [1, T, D], and how many views went through the vision tower for it."""
+    """An embedded prompt [1, T, D], and how many views its pictures had that were not known."""
 
     inputs_embeds: torch.Tensor
     num_encoded_views: int
@@ -135,9 +135,10 @@ class PictureFeatures:
         """Features of pictures by key, and how many views had to be encoded for them."""
         found: dict[bytes, torch.Tensor] = {}
         with self._lock:
-            for key in {picture.key for picture in pictures} & self._known.keys():
-                self._known.move_to_end(key)
-                found[key] = self._known[key]
+            for picture in pictures:
+                if picture.key in self._known:
+                    self._known.move_to_end(picture.key)
+                    found[picture.key] = self._known[picture.key]
         missing = {picture.key: picture for picture in pictures if picture.key not in found}
         if not missing:
             return found, 0

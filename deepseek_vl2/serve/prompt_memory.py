@@ -21,7 +21,7 @@ class Reuse(NamedTuple):
         num_reused_tokens: Tokens at the beginning of the prompt whose keys and values were there.
         num_computed_tokens: Tokens of the prompt that the model reads. At least the last one, which the answer's first
             token comes from.
-        num_encoded_views: Views of pictures that went through the vision tower.
+        num_encoded_views: Views of the pictures that went through the vision tower.
     """
 
     num_reused_tokens: int
