@@ -43,6 +43,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for a login; may be given repeatedly"
     )
     parser.add_argument("--max-image-mb", type=float, default=20, help="largest upload in megabytes; default: 20")
+    parser.add_argument(
+        "--max-cache-mb",
+        type=float,
+        default=1024,
+        help="memory for what was read of conversations, in megabytes; 0 reads all at every turn; default: 1024",
+    )
     parser.add_argument("--concurrency", type=int, default=1, help="answers at the same time; default: 1")
     parser.add_argument("--log_file", metavar="FILE", help="also write the log there")
     parser.add_argument("--log_content", action="store_true", help="also log what is asked and answered")
@@ -62,6 +68,8 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise ValueError(f"--concurrency {options.concurrency} must be at least 1")
     if not 0 < options.max_image_mb < math.inf:
         raise ValueError(f"--max-image-mb {options.max_image_mb} must be above 0")
+    if not 0 <= options.max_cache_mb < math.inf:
+        raise ValueError(f"--max-cache-mb {options.max_cache_mb} must be at least 0")
     if options.chunk_size == 0 or not -1 <= options.chunk_size <= 4096:
         raise ValueError(f"--chunk_size {options.chunk_size} must be 1 to 4096, or -1 for the whole prompt at once")
     if options.local_path is not None and not (Path(options.local_path) / "config.json").is_file():
@@ -100,6 +108,7 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
         chunk_size=options.chunk_size,
         concurrency=options.concurrency,
         max_image_mb=options.max_image_mb,
+        max_cache_mb=options.max_cache_mb,
         pictures=PICTURES,
         folder=folder,
         log_file=options.log_file,

@@ -56,7 +56,7 @@ class PrefilledGenerationMixin:
             check_prompt_length(prompt.shape[1], config.get_text_config())
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache) and prompt is not None:
-            _check_cache(cache, prompt)
+            check_cache(cache, prompt)
             num_copies = self._num_rows_for_each_prompt(kwargs)
             if num_copies > 1:
                 cache.batch_repeat_interleave(num_copies)
@@ -79,7 +79,12 @@ class PrefilledGenerationMixin:
         return max(value("num_beams"), value("num_return_sequences"))
 
 
-def _check_cache(cache: Cache, prompt: torch.Tensor) -> None:
+def check_cache(cache: Cache, prompt: torch.Tensor) -> None:
+    """Refuses a cache that cannot hold the beginning of a prompt [B, T] or [B, T, D].
+
+    Raises:
+        ValueError: If it holds the whole prompt or more, or has another number of rows.
+    """
     num_cached, num_tokens = cache.get_seq_length(), prompt.shape[1]
     if num_cached >= num_tokens:
         raise ValueError(

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
-from .generation import PrefilledGenerationMixin, check_chunk_size, check_prompt_length
+from .generation import PrefilledGenerationMixin, check_cache, check_chunk_size, check_prompt_length
 from .growing_cache import GrowingCache
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .projector import MlpProjector
@@ -314,6 +314,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
         chunk_size: int = 1024,
+        past_key_values: Cache | None = None,
         **ignored: Any,
     ) -> tuple[torch.Tensor, Cache]:
         """Reads a prompt in chunks, so that memory depends on the chunk and not on the prompt.
@@ -326,6 +327,7 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             images_seq_mask: See `prepare_inputs_embeds`.
             images_spatial_crop: See `prepare_inputs_embeds`.
             chunk_size: Tokens to read at once; -1 for all.
+            past_key_values: Cache of the prompt's first tokens, which are not read again; it is extended in place.
             **ignored: Other outputs of the processor, so that `**inputs` can be passed.
 
         Returns:
@@ -333,7 +335,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
             `generate`, which reads the last token.
 
         Raises:
-            ValueError: If `chunk_size` is 0 or below -1, or the prompt does not fit, see `prepare_inputs_embeds`.
+            ValueError: If `chunk_size` is 0 or below -1, the prompt does not fit, see `prepare_inputs_embeds`, or the
+                cache does not belong to it.
         """
         check_chunk_size(chunk_size)
         if inputs_embeds is None:
@@ -345,10 +348,13 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
         if attention_mask is None:
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         position_ids = positions_from_mask(attention_mask)
-        cache = GrowingCache(num_expected=num_tokens + ROOM_FOR_ANSWERS)
+        cache = past_key_values
+        if cache is None:
+            cache = GrowingCache(num_expected=num_tokens + ROOM_FOR_ANSWERS)
+        check_cache(cache, inputs_embeds)
         num_cached = num_tokens - 1
         step = num_cached if chunk_size == -1 else chunk_size
-        starts = range(0, num_cached, max(step, 1))
+        starts = range(cache.get_seq_length(), num_cached, max(step, 1))
         for start in tqdm(starts, desc="Prefill", unit="chunk", leave=False, disable=None if len(starts) > 1 else True):
             end = min(start + step, num_cached)
             self.language.model(

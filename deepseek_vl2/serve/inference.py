@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.conversation import Conversation
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.serve.prompt_memory import PromptMemory
 from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.io import load_pil_images, load_pretrained_model
 
@@ -78,6 +79,7 @@ def deepseek_generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.1,
     chunk_size: int = -1,
+    memory: PromptMemory | None = None,
 ) -> AnswerStream:
     """Answers a conversation, piece by piece.
 
@@ -92,12 +94,14 @@ def deepseek_generate(
         top_p: Share of the likeliest tokens that sampling draws from.
         repetition_penalty: Above 1 for fewer repetitions.
         chunk_size: Tokens to prefill at once, -1 for all.
+        memory: What is known of the conversation's earlier turns; see `ChatSession`, which keeps one.
 
     Returns:
         Text as it comes, special tokens of grounding kept, the end-of-sentence token not.
 
     Raises:
-        ValueError: If the conversation or a number does not make sense, or the prompt is too long.
+        ValueError: If the conversation or a number does not make sense, the prompt is too long, or `memory` is another
+            model's.
     """
     options = sampling_options(max_length, temperature, top_p, repetition_penalty)
     check_chunk_size(chunk_size)
@@ -109,7 +113,7 @@ def deepseek_generate(
         system_prompt="",
     )
     inputs.to(vl_gpt.device, dtype=vl_gpt.dtype)
-    return AnswerStream(vl_gpt, tokenizer, inputs, options, stop_words, chunk_size)
+    return AnswerStream(vl_gpt, tokenizer, inputs, options, stop_words, chunk_size, memory)
 
 
 def generate(
@@ -122,6 +126,7 @@ def generate(
     top_p: float = 0.95,
     stop_words: Sequence[str] = (),
     chunk_size: int = -1,
+    memory: PromptMemory | None = None,
 ) -> AnswerStream:
     """Answers a prepared prompt, piece by piece; see `deepseek_generate`.
 
@@ -129,7 +134,7 @@ def generate(
         prepare_inputs: The processor's outputs for one prompt, on the model's device.
     """
     options = sampling_options(max_gen_len, temperature, top_p, repetition_penalty)
-    return AnswerStream(vl_gpt, tokenizer, prepare_inputs, options, stop_words, chunk_size)
+    return AnswerStream(vl_gpt, tokenizer, prepare_inputs, options, stop_words, chunk_size, memory)
 
 
 def sampling_options(

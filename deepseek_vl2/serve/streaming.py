@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length
+from deepseek_vl2.serve.prompt_memory import PromptMemory, Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +32,22 @@ class AnswerStream(Iterator[str]):
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        inputs: The processor's outputs for one prompt, on the model's device.
+        inputs: The processor's outputs for one prompt, on the model's device; padding on the left is left out.
         options: Keywords for `model.generate`, `max_new_tokens` among them.
         stop_words: Texts that end the answer and are not part of it.
         chunk_size: Tokens to prefill at once, -1 for all.
-        embed: What embeds the prompt, with the keywords of `model.prepare_inputs_embeds`, which is the default.
+        memory: What is known of the conversation, and will know this answer too; None to begin with nothing and keep
+            nothing.
 
     Attributes:
         num_prompt_tokens: Tokens of the prompt, those of pictures included.
         num_image_tokens: Tokens of its pictures.
 
     Raises:
-        ValueError: If there are several prompts, the prompt is longer than the model's positions, or `stop_words` or
-            `chunk_size` make no sense.
+        ValueError: If there are several prompts, or beams or answers for one, the prompt is padded elsewhere than on
+            the left or longer than the model's positions, `memory` is another model's, or `stop_words` or `chunk_size`
+            make no sense.
+        RuntimeError: With the first piece, if `memory` is in use by another answer.
     """
 
     def __init__(
@@ -54,28 +58,34 @@ class AnswerStream(Iterator[str]):
         options: Mapping[str, Any],
         stop_words: Sequence[str] | None = (),
         chunk_size: int = -1,
-        embed: Callable[..., torch.Tensor] | None = None,
+        memory: PromptMemory | None = None,
     ) -> None:
         check_chunk_size(chunk_size)
         if isinstance(stop_words, str):
             raise ValueError(f"stop_words is a list of texts; give [{stop_words!r}].")
-        prompt = {name: inputs[name] for name in _PROMPT_PARTS}
-        num_rows, self.num_prompt_tokens = prompt["input_ids"].shape
-        if num_rows != 1:
-            raise ValueError(f"An answer is streamed for one prompt at a time, here are {num_rows}.")
+        if memory is not None and memory.model is not model:
+            raise ValueError("memory is that of another model; every model needs one of its own.")
+        _check_single(model, options)
+        prompt = _without_padding({name: inputs[name] for name in _PROMPT_PARTS})
+        self.num_prompt_tokens = prompt["input_ids"].shape[1]
         config = model.config.language_config
         check_prompt_length(self.num_prompt_tokens, config)
         self.num_image_tokens = int(prompt["images_seq_mask"].sum())
         room = config.max_position_embeddings - self.num_prompt_tokens + 1  # the last new token is not read any more
         options = {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
-        self._speaker = _Speaker(model, tokenizer, prompt, options, chunk_size, embed or model.prepare_inputs_embeds)
+        self._speaker = _Speaker(model, tokenizer, prompt, options, chunk_size, memory)
         # Neither the speaker nor its thread knows this object, so that dropping it closes the pieces.
         self._pieces = self._speaker.pieces((tokenizer.eos_token, *(stop_words or ())))
 
     @property
     def num_new_tokens(self) -> int:
         """Tokens of the answer up to now, the end-of-sentence token included."""
-        return self._speaker.text.num_tokens
+        return len(self._speaker.text.ids)
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """What of the prompt was known; None until the model has looked at its pictures."""
+        return self._speaker.reuse
 
     @property
     def is_cut_off(self) -> bool:
@@ -95,6 +105,26 @@ class AnswerStream(Iterator[str]):
         self._pieces.close()
 
 
+def _check_single(model: DeepseekVLV2ForCausalLM, options: Mapping[str, Any]) -> None:
+    """Refuses beams and several answers, which may also be what a checkpoint asks for."""
+    for name in ("num_beams", "num_return_sequences"):
+        number = options.get(name) or getattr(model.generation_config, name, None) or 1
+        if number > 1:
+            raise ValueError(f"{name}={number}: what is streamed is one answer, without beams; set {name} to 1.")
+
+
+def _without_padding(prompt: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Takes off what a batch has put in front of one prompt."""
+    num_rows = prompt["input_ids"].shape[0]
+    if num_rows != 1:
+        raise ValueError(f"An answer is streamed for one prompt at a time, here are {num_rows}.")
+    num_padding = int((prompt["attention_mask"] == 0).sum())
+    own = {name: prompt[name][:, num_padding:] for name in ("input_ids", "images_seq_mask", "attention_mask")}
+    if not own["attention_mask"].all():
+        raise ValueError("The prompt is padded elsewhere than on the left: batchify(..., padding='left') to generate.")
+    return {**prompt, **own}
+
+
 class _StopRequest(StoppingCriteria):
     """Ends generation after the present token once it is asked to."""
 
@@ -112,7 +142,7 @@ class _TextQueue(BaseStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.num_tokens = 0
+        self.ids: list[int] = []
         self.has_eos = False
         self.is_read = False
         self._tokenizer = tokenizer
@@ -126,7 +156,7 @@ class _TextQueue(BaseStreamer):
             self._is_prompt = False
             return
         for token in value.flatten().tolist():
-            self.num_tokens += 1
+            self.ids.append(token)
             if token == self._tokenizer.eos_token_id:
                 self.has_eos = True
                 return
@@ -166,7 +196,7 @@ class _Speaker:
         prompt: dict[str, torch.Tensor],
         options: dict[str, Any],
         chunk_size: int,
-        embed: Callable[..., torch.Tensor],
+        memory: PromptMemory | None,
     ) -> None:
         self.text = _TextQueue(tokenizer)
         self.stop = _StopRequest()
@@ -174,7 +204,8 @@ class _Speaker:
         self._model = model
         self._prompt = prompt
         self._chunk_size = chunk_size
-        self._embed = embed
+        self._memory = memory
+        self.reuse: Reuse | None = None
         self._options = {
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
@@ -199,32 +230,31 @@ class _Speaker:
     @torch.inference_mode()
     def _speak(self) -> None:
         _answering.stop = self.stop.is_requested
+        # One that is made here goes with this thread, though the stream be kept.
+        memory = PromptMemory(self._model) if self._memory is None else self._memory
         try:
-            self._answer()
-        except _StoppedError:
-            logger.debug("stopped before the next layer")
+            with memory.in_use(self.text.ids):
+                self._answer(memory)
         finally:
             self.text.hang_up()
 
-    def _answer(self) -> None:
-        inputs_embeds, cache = self._embed(**self._prompt), None
-        if self._chunk_size != -1:
-            inputs_embeds, cache = self._model.incremental_prefilling(
-                inputs_embeds=inputs_embeds,
+    def _answer(self, memory: PromptMemory) -> None:
+        try:
+            inputs_embeds, cache = memory.prefill(self._prompt, self._chunk_size)
+            self.reuse = memory.last_reuse
+            if self.stop.is_requested.is_set():
+                return
+            self._model.generate(
+                input_ids=self._prompt["input_ids"],
                 attention_mask=self._prompt["attention_mask"],
-                chunk_size=self._chunk_size,
+                inputs_embeds=inputs_embeds,
+                past_key_values=cache,
+                streamer=self.text,
+                stopping_criteria=StoppingCriteriaList([self.stop]),
+                **self._options,
             )
-        if self.stop.is_requested.is_set():
-            return
-        self._model.generate(
-            input_ids=self._prompt["input_ids"],
-            attention_mask=self._prompt["attention_mask"],
-            inputs_embeds=inputs_embeds,
-            past_key_values=cache,
-            streamer=self.text,
-            stopping_criteria=StoppingCriteriaList([self.stop]),
-            **self._options,
-        )
+        except _StoppedError:
+            logger.debug("stopped before the next layer")
 
 
 class _StoppedError(Exception):

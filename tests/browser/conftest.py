@@ -50,6 +50,7 @@ def demo(served_folder):
         chunk_size=-1,
         concurrency=1,
         max_image_mb=2,
+        max_cache_mb=64,
         pictures=Path(__file__).parents[2] / "images",
         folder=served_folder,
     )

@@ -25,6 +25,7 @@ def script(repository):
         (["--concurrency", "0"], "--concurrency 0"),
         (["--max-image-mb", "-1"], "--max-image-mb -1"),
         (["--max-image-mb", "nan"], "--max-image-mb nan"),
+        (["--max-cache-mb", "-1"], "--max-cache-mb -1"),
         (["--chunk_size", "0"], "--chunk_size 0"),
         (["--local_path", "no/such/folder"], "no/such/folder is not a model folder"),
         (["--auth", "nobody"], "--auth must be USER:PASSWORD"),

@@ -23,6 +23,7 @@ RANKS = {
     "deepseek_vl2.models": 2,
     "deepseek_vl2.utils": 3,
     "deepseek_vl2.serve.inference": 4,
+    "deepseek_vl2.serve.chat_session": 4,
     "deepseek_vl2.serve.app_modules": 5,
     "deepseek_vl2.serve": 3,
     "deepseek_vl2.nano.": 5,

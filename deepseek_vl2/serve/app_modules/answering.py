@@ -17,12 +17,12 @@ from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Questi
 from deepseek_vl2.serve.app_modules.engine import ANSWERING, LOADING, WEIGHTS, Job, LoadState, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
 from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
-from deepseek_vl2.serve.app_modules.settings import BY_CHANCE
+from deepseek_vl2.serve.app_modules.settings import BY_CHANCE, Settings
 from deepseek_vl2.serve.app_modules.texts import UserError
 from deepseek_vl2.serve.box_owners import OwnedBox, assign_boxes
+from deepseek_vl2.serve.chat_session import DEFAULT_MAX_CACHE_BYTES, ChatSession, ChatSessionPool
 from deepseek_vl2.serve.grounding import draw_boxes, read_grounding, strip_grounding
 from deepseek_vl2.serve.inference import sampling_options
-from deepseek_vl2.serve.picture_features import PictureFeatures
 from deepseek_vl2.serve.questions import place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream, stop_between_layers
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
@@ -41,11 +41,13 @@ class ModelOptions(NamedTuple):
         path: `"nano"`, a checkpoint folder or a name on the hub.
         dtype: type of the weights; None for what suits the device.
         device: where to run.
+        max_cache_bytes: memory for the caches of conversations between their turns.
     """
 
     path: str
     dtype: str | None
     device: str
+    max_cache_bytes: int
 
 
 class _Said(NamedTuple):
@@ -74,7 +76,7 @@ def load_answerer(
     use_chosen_num_threads()
     with _reported(lambda fraction: set_state(LoadState(WEIGHTS, fraction))):
         loaded = load_pretrained_model(options.path, dtype=options.dtype, device=options.device)
-    return ModelAnswerer(loaded, limits, folder)
+    return ModelAnswerer(loaded, limits, folder, options.max_cache_bytes)
 
 
 @contextmanager
@@ -122,15 +124,25 @@ class ModelAnswerer:
         loaded: the model.
         limits: of uploaded pictures.
         folder: where pictures with boxes are saved, each under a name that cannot be guessed.
+        max_cache_bytes: memory for the caches of conversations between their turns.
+
+    Attributes:
+        sessions: what is known of the users' conversations.
+        device: where the model runs.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: UploadLimits, folder: Path) -> None:
-        self._tokenizer = loaded.tokenizer
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        limits: UploadLimits,
+        folder: Path,
+        max_cache_bytes: int = DEFAULT_MAX_CACHE_BYTES,
+    ) -> None:
         self._processor: DeepseekVLV2Processor = loaded.processor
         self._model: DeepseekVLV2ForCausalLM = loaded.model
         self._limits = limits
         self._folder = folder
-        self.features = PictureFeatures(self._model)
+        self.sessions = ChatSessionPool(self._model, self._processor, max_cache_bytes)
         self.device = str(self._model.device)
         stop_between_layers(self._model)
 
@@ -148,28 +160,16 @@ class ModelAnswerer:
         start = time.perf_counter()
         pictures = self._load_pictures(request.question)
         prompt = self._fit_prompt(request, pictures)
-        prompt.inputs.to(self._model.device, dtype=self._model.dtype)
-        settings = request.settings
-        if settings.seed != BY_CHANCE:
-            torch.manual_seed(settings.seed)
-        stream = AnswerStream(
-            self._model,
-            self._tokenizer,
-            prompt.inputs,
-            sampling_options(
-                settings.max_new_tokens, settings.temperature, settings.top_p, settings.repetition_penalty
-            ),
-            chunk_size=settings.chunk_size,
-            embed=self.features.embed,
-        )
-        job.call_on_stop(stream.stop)
-        pieces: list[str] = []
-        first = None
-        for piece in stream:
-            first = first or time.perf_counter()
-            pieces.append(piece)
-            job.words = strip_grounding("".join(pieces))
-            job.phase = ANSWERING
+        with self.sessions.lend(job.user) as session:
+            stream = self._start(prompt, request.settings, session)
+            job.call_on_stop(stream.stop)
+            pieces: list[str] = []
+            first = None
+            for piece in stream:
+                first = first or time.perf_counter()
+                pieces.append(piece)
+                job.words = strip_grounding("".join(pieces))
+                job.phase = ANSWERING
         end = time.perf_counter()
         statistics = Statistics(
             num_prompt_tokens=stream.num_prompt_tokens,
@@ -177,6 +177,7 @@ class ModelAnswerer:
             num_new_tokens=stream.num_new_tokens,
             seconds_to_first_token=(first or end) - start,
             seconds=end - start,
+            num_reused_tokens=stream.reuse.num_reused_tokens if stream.reuse else 0,
         )
         text = "".join(pieces)
         boxes, problems = self._find_boxes(text, request, pictures)
@@ -190,6 +191,25 @@ class ModelAnswerer:
             num_left_out=prompt.num_left_out,
             was_stopped=job.is_stopped,
             is_cut_off=stream.is_cut_off,
+        )
+
+    def forget(self, user: str) -> None:
+        """Forget what is known of a user's conversation."""
+        self.sessions.forget(user)
+
+    def _start(self, prompt: _Prompt, settings: Settings, session: ChatSession) -> AnswerStream:
+        prompt.inputs.to(self._model.device, dtype=self._model.dtype)
+        if settings.seed != BY_CHANCE:
+            torch.manual_seed(settings.seed)
+        return AnswerStream(
+            self._model,
+            self._processor.tokenizer,
+            prompt.inputs,
+            sampling_options(
+                settings.max_new_tokens, settings.temperature, settings.top_p, settings.repetition_penalty
+            ),
+            chunk_size=settings.chunk_size,
+            memory=session.memory,
         )
 
     def _load_pictures(self, question: Question) -> list[Image.Image]:

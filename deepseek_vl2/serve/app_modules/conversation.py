@@ -46,13 +46,23 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an answer cost: tokens, and seconds from the start of the work."""
+    """What an answer cost: tokens, and seconds from the start of the work.
+
+    Attributes:
+        num_prompt_tokens: all tokens of the prompt.
+        num_image_tokens: those of pictures among them.
+        num_new_tokens: tokens of the answer.
+        seconds_to_first_token: until the answer began.
+        seconds: until it ended.
+        num_reused_tokens: tokens of the prompt that the model had read for the turn before.
+    """
 
     num_prompt_tokens: int
     num_image_tokens: int
     num_new_tokens: int
     seconds_to_first_token: float
     seconds: float
+    num_reused_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,6 +74,7 @@ class Statistics:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "image_tokens": self.num_image_tokens,
+            "reused_tokens": self.num_reused_tokens,
             "new_tokens": self.num_new_tokens,
             "seconds_to_first_token": round(self.seconds_to_first_token, 3),
             "seconds": round(self.seconds, 3),

@@ -57,18 +57,23 @@ class Answerer(Protocol):
     def answer(self, request: Request, job: "Job") -> Answer:
         """Answer a question; what is raised is shown to the one who asked."""
 
+    def forget(self, user: str) -> None:
+        """Forget what is known of a user's conversation."""
+
 
 class Job:
     """One answer on its way.
 
     Attributes:
         request: what is asked.
+        user: who asks; what is known of a conversation belongs to one user.
         phase: `waiting`, `preparing` or `answering`.
         words: what was said until now, for people.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, user: str = "") -> None:
         self.request = request
+        self.user = user
         self.phase = WAITING
         self.words = ""
         self.future: Future[Answer] = Future()
@@ -169,11 +174,11 @@ class Engine:
         """Put a question into the queue.
 
         Args:
-            user: whose it is, for fairness.
+            user: whose it is, for fairness and for what is known of the conversation.
             request: the question.
         """
         self.start_loading()
-        job = Job(request)
+        job = Job(request, user)
         with self._lock:
             self._queue.push(user, job)
         self._dispatch()
@@ -191,6 +196,13 @@ class Engine:
             was_waiting = self._queue.remove(job)
         if was_waiting:
             job.future.cancel()
+
+    def forget(self, user: str) -> None:
+        """Forget what is known of a user's conversation."""
+        with self._lock:
+            loading = self._loading
+        if loading is not None and loading.done() and loading.exception() is None:
+            loading.result().forget(user)
 
     def close(self) -> None:
         """End all answers."""

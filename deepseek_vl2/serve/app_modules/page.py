@@ -217,8 +217,7 @@ class Demo:
     def start_anew(self, request: gr.Request) -> tuple[Any, str, Any]:
         """Begin a new conversation."""
         session = self._session(request)
-        self._end(session)
-        session.clear()
+        self._forget(session)
         return [], "", _idle_box(value=None)
 
     def take_back(self, request: gr.Request) -> tuple[Any, str, Any]:
@@ -279,7 +278,7 @@ class Demo:
             yield shown(rendering.error_line(error.describe(session.language)), gr.update())
             return
         turn = Turn(question)  # type: ignore[arg-type]
-        job = self._submit(session, turn, settings, str(request.session_hash))
+        job = self._submit(session, turn, settings)
         yield shown(self._job_line(job, session), _busy_box())
         try:
             async for _ in self._watch(job):
@@ -316,10 +315,10 @@ class Demo:
         for path in question.pictures:
             self.limits.check_bytes(path)
 
-    def _submit(self, session: Session, turn: Turn, settings: Settings, user: str) -> Job:
+    def _submit(self, session: Session, turn: Turn, settings: Settings) -> Job:
         earlier = tuple(session.turns)
         session.turns.append(turn)
-        session.job = self.engine.submit(user, Request(earlier, turn.question, settings, session.num_left_out))
+        session.job = self.engine.submit(session.key, Request(earlier, turn.question, settings, session.num_left_out))
         return session.job
 
     async def _watch(self, job: Job) -> AsyncIterator[None]:
@@ -381,8 +380,10 @@ class Demo:
         return session
 
     def _forget(self, session: Session) -> None:
+        """Let go of a conversation, and of all that was kept for it."""
         self._end(session)
         session.clear()
+        self.engine.forget(session.key)
 
     def _end(self, session: Session) -> None:
         job, session.job = session.job, None
@@ -446,7 +447,7 @@ class Demo:
         if new_conversation:
             session.clear()
         turn = Turn(question)
-        job = self._submit(session, turn, settings, str(request.session_hash))
+        job = self._submit(session, turn, settings)
         try:
             async for _ in self._watch(job):
                 yield {"answer": job.words, "place": self.engine.place(job), "is_final": False}

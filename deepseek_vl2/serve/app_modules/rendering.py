@@ -161,6 +161,7 @@ def _statistics(answer: Answer, language: str) -> str:
         language,
         prompt=statistics.num_prompt_tokens,
         image=statistics.num_image_tokens,
+        reused=statistics.num_reused_tokens,
         first=f"{statistics.seconds_to_first_token:.2f}",
         speed=f"{statistics.tokens_per_second:.1f}",
         new=statistics.num_new_tokens,

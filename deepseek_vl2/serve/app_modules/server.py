@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from deepseek_vl2.serve.app_modules.engine import Answerer, Engine, LoadState
-from deepseek_vl2.serve.app_modules.limits import UploadLimits
+from deepseek_vl2.serve.app_modules.limits import MEGABYTE, UploadLimits
 from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME, configure_logger
 from deepseek_vl2.serve.app_modules.page import Demo
 from deepseek_vl2.serve.app_modules.settings import Settings
@@ -34,6 +34,7 @@ class ServerOptions:
         chunk_size: what the page's setting begins with.
         concurrency: answers at the same time.
         max_image_mb: largest upload.
+        max_cache_mb: memory for the caches of conversations between their turns.
         pictures: folder of the example pictures.
         folder: for pictures with boxes; gradio's own folder, so that it serves them and deletes old ones.
         log_file: where the log goes, beside standard error.
@@ -47,6 +48,7 @@ class ServerOptions:
     chunk_size: int
     concurrency: int
     max_image_mb: float
+    max_cache_mb: float
     pictures: Path
     folder: Path
     log_file: str | None = None
@@ -62,7 +64,8 @@ def build_demo(options: ServerOptions) -> Demo:
         # Here and not above: torch and the models take longer to import than the page to come up.
         from deepseek_vl2.serve.app_modules.answering import ModelOptions, load_answerer
 
-        model = ModelOptions(options.model_path, options.dtype, options.device)
+        max_cache_bytes = int(options.max_cache_mb * MEGABYTE)
+        model = ModelOptions(options.model_path, options.dtype, options.device, max_cache_bytes)
         return load_answerer(model, limits, options.folder, set_state)
 
     return Demo(

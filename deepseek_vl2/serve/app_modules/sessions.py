@@ -22,6 +22,7 @@ class Session:
         job: the answer that is being made.
         language: of the page.
         file_address: what a file's path is put behind, to be fetched.
+        key: the secret hash that the page has.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Session:
     job: Job | None = None
     language: str = ENGLISH
     file_address: str = "gradio_api/file="
+    key: str = ""
 
     def clear(self) -> None:
         """Begin a new conversation, and delete what was made for the old one."""
@@ -68,7 +70,7 @@ class Sessions:
         """Find a session, or begin one."""
         dropped: list[Session] = []
         with self._lock:
-            session = self._sessions.setdefault(key, Session())
+            session = self._sessions.setdefault(key, Session(key=key))
             self._sessions.move_to_end(key)
             while len(self._sessions) > self._capacity:
                 dropped.append(self._sessions.popitem(last=False)[1])

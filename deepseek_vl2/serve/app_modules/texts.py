@@ -57,9 +57,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "malformed": ("A box could not be read: {problem}", "有一个边框无法读取：{problem}"),
     "statistics": (
-        "{prompt} prompt tokens, {image} of them for pictures · first token after {first} s · "
-        "{speed} tokens/s · {new} new tokens",
-        "提示 {prompt} 个词元，其中图片 {image} 个 · 首个词元 {first} 秒 · 每秒 {speed} 个词元 · 新词元 {new} 个",
+        "{prompt} prompt tokens, {image} of them for pictures, {reused} known from before · "
+        "first token after {first} s · {speed} tokens/s · {new} new tokens",
+        "提示 {prompt} 个词元，其中图片 {image} 个，沿用 {reused} 个 · "
+        "首个词元 {first} 秒 · 每秒 {speed} 个词元 · 新词元 {new} 个",
     ),
     "box_label": ("Label", "标签"),
     "box_picture": ("Picture", "图片"),

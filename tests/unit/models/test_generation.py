@@ -65,6 +65,22 @@ def test_prompt_in_chunks(vl_model, expected, chunk_size):
     assert new_tokens(output, BATCH) == expected
 
 
+@pytest.mark.parametrize("chunk_size", [4, -1])
+def test_a_cache_that_was_cut_back_is_read_on_from_there(vl_model, expected, chunk_size):
+    _, cache = vl_model.incremental_prefilling(**BATCH, chunk_size=9)
+    cache.crop(-(LENGTH // 2))
+    kept = [layer.keys.clone() for layer in cache.layers]
+    embeds, same = vl_model.incremental_prefilling(**BATCH, chunk_size=chunk_size, past_key_values=cache)
+    assert same is cache
+    assert cache.get_seq_length() == LENGTH - 1
+    for keys, layer in zip(kept, cache.layers, strict=True):
+        assert torch.equal(layer.keys[:, :, : keys.shape[2]], keys)
+    output = vl_model.generate(inputs_embeds=embeds, **BATCH, past_key_values=cache, **GREEDY)
+    assert new_tokens(output, BATCH) == expected
+    with pytest.raises(ValueError, match="used before or belongs to another prompt"):
+        vl_model.incremental_prefilling(**BATCH, past_key_values=cache)
+
+
 @pytest.mark.parametrize("row", range(3))
 def test_rows_alone_in_every_flow(vl_model, expected, row):
     inputs = ROWS[row]

@@ -79,6 +79,22 @@ def test_known_pictures_change_nothing_but_the_work(loaded, answerer, picture, e
     assert second.statistics.num_prompt_tokens > first.statistics.num_prompt_tokens
 
 
+def test_a_users_next_turn_is_read_from_where_it_differs(answerer, picture):
+    def reused(user, turns=()):
+        request = Request(tuple(turns), question, SHORT)
+        statistics = answerer.answer(request, Job(request, user)).statistics
+        return statistics.num_reused_tokens, statistics.num_prompt_tokens
+
+    question = Question("What is this?", (picture("red"),))
+    assert reused("anna")[0] == 0
+    known, total = reused("anna")
+    assert known == total - 1 > 50
+    assert reused("anna", [Turn(question, said("a star"))])[0] >= total
+    assert reused("bert")[0] == 0
+    answerer.forget("anna")
+    assert reused("anna")[0] == 0
+
+
 def test_embeddings_from_memory_are_those_of_the_model(loaded, picture):
     processor, model = loaded.processor, loaded.model
     images = [Image.new("RGB", size, color) for size, color in (((300, 120), "red"), ((80, 90), "lime"))]
@@ -95,14 +111,13 @@ def test_embeddings_from_memory_are_those_of_the_model(loaded, picture):
         assert features.embed(**ids).shape[1] == text_only.input_ids.shape[1]
 
 
-def test_memory_for_features_is_bounded(loaded, answerer, picture):
+def test_memory_for_features_is_bounded(loaded, answerer, picture, monkeypatch):
     features = PictureFeatures(loaded.model, max_bytes=60_000)
-    answerer.features, before = features, answerer.features
-    try:
-        for color in ("red", "green", "blue", "white", "black"):
-            ask(answerer, Question("What?", (picture(color),)))
-    finally:
-        answerer.features = before
+    for color in ("red", "green", "blue", "white", "black"):
+        answerer.sessions.forget("")
+        monkeypatch.setattr(answerer.sessions, "features", features)
+        ask(answerer, Question("What?", (picture(color),)))
+    answerer.sessions.forget("")
     assert 0 < features.num_bytes <= 60_000
 
 
@@ -160,7 +175,7 @@ def test_boxes_are_drawn_on_the_pictures_that_they_belong_to(answerer, picture, 
     pictures = (picture("red", (200, 100)), picture("blue", (100, 400)), picture("lime"))
 
     class Saying(list):
-        num_prompt_tokens, num_image_tokens, num_new_tokens, is_cut_off = 1, 0, 2, False
+        num_prompt_tokens, num_image_tokens, num_new_tokens, is_cut_off, reuse = 1, 0, 2, False, None
 
         def stop(self):
             pass

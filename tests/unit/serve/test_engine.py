@@ -40,6 +40,10 @@ class Slow:
     def __init__(self):
         self.go_on = threading.Event()
         self.asked = []
+        self.forgotten = []
+
+    def forget(self, user):
+        self.forgotten.append(user)
 
     def answer(self, request, job):
         self.asked.append(request.question.text)
@@ -63,6 +67,16 @@ def engine(slow):
     yield engine
     slow.go_on.set()
     engine.close()
+
+
+def test_forgetting_a_user_reaches_the_model_once_it_is_there(engine, slow):
+    engine.forget("a")  # there is nothing to forget
+    job = engine.submit("b", request("b1"))
+    assert job.user == "b"
+    slow.go_on.set()
+    job.future.result(TIMEOUT)
+    engine.forget("b")
+    assert slow.forgotten == ["b"]
 
 
 def wait_for(condition):

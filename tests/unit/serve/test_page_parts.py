@@ -174,7 +174,7 @@ def session_with(answer=None, pictures=(), language=ENGLISH, text=SCRIPT):
 def full_answer(**values):
     boxes = (FoundBox(1, SCRIPT, (0, 0, 99, 99), (0, 0, 9, 8)), FoundBox(2, "b", (1, 2, 3, 4), (5, 6, 7, 8)))
     marked = ((1, "/files/a b/boxes_1.jpg"), (2, "/files/boxes_2.jpg"))
-    statistics = Statistics(108, 93, 17, 0.5, 2.5)
+    statistics = Statistics(108, 93, 17, 0.5, 2.5, 60)
     return Answer("raw " + SCRIPT, SCRIPT, boxes, marked, ("odd " + SCRIPT,), statistics, **values)
 
 
@@ -222,7 +222,7 @@ def test_an_answer_shows_pictures_boxes_notes_and_figures():
     assert "<td>2</td><td>b</td><td>5</td><td>6</td><td>7</td><td>8</td>" in markup
     for note in ("could not be read", "stopped", "cut off", "first 2 turn(s) are left out"):
         assert note in markup
-    assert "108 prompt tokens, 93 of them for pictures · first token after 0.50 s · 8.0 tokens/s" in markup
+    assert "108 prompt tokens, 93 of them for pictures, 60 known from before · first token after 0.50 s" in markup
     chinese = rendering.chat_messages(session_with(full_answer(num_left_out=2), language=CHINESE))[1]
     assert "最早的 2 轮" in html_of(chinese["content"][1])
 
@@ -260,3 +260,4 @@ def test_an_answer_is_given_to_programs_as_json():
     assert json.loads(json.dumps(document)) == document
     assert document["boxes"][1] == {"picture": 2, "label": "b", "box": [1, 2, 3, 4], "pixels": [5, 6, 7, 8]}
     assert document["statistics"]["tokens_per_second"] == 8.0
+    assert document["statistics"]["reused_tokens"] == 60
