@@ -42,9 +42,7 @@ def fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-    request = urllib.request.Request(
-        ascii_url(url), headers={"User-Agent": f"deepseek_vl2/{deepseek_vl2.__version__}"}
-    )
+    request = urllib.request.Request(ascii_url(url), headers={"User-Agent": f"deepseek_vl2/{deepseek_vl2.__version__}"})
     opener = urllib.request.build_opener(_LimitedRedirects)
     deadline = time.monotonic() + timeout
     too_late = f"{url!r} did not answer within {timeout:g} s; raise timeout=, or download it and pass the file"
