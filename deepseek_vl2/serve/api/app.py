@@ -49,7 +49,7 @@ def create_app(service: ChatService) -> FastAPI:
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         exception_handlers={
-            RequestValidationError: lambda request, error: error_response(from_validation(error.errors())),
+            RequestValidationError: lambda request, error: error_response(from_validation(error.errors(), error.body)),
             HTTPException: lambda request, error: error_response(from_http_error(error)),
             Exception: lambda request, error: error_response(unexpected_error()),
         },

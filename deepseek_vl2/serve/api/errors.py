@@ -72,12 +72,24 @@ def unexpected_error() -> ApiError:
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request", code="internal_error")
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """Status 400 for a body that does not fit the schema, by its first error."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return bad_request("the body is not valid JSON", code="invalid_json")
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
+    param = ".".join(_place(first, body)) or None
     message = f"{param}: {first['msg']}" if param else f"the body: {first['msg']}"
     return bad_request(message, param, str(first["type"]))
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str]:
+    """Where in the body an error is, without the names of the schema's alternatives."""
+    parts = error["loc"][1:]
+    place: list[str] = []
+    for part in parts:
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            place.append(str(part))
+            body = body[part]
+    if error["type"] == "missing" and parts:
+        place.append(str(parts[-1]))
+    return place

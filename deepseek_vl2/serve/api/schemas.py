@@ -7,7 +7,7 @@ What would change an answer and is not supported is refused, never passed over. 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_ANSWERS = 8
@@ -49,6 +49,11 @@ Text = Annotated[str, AfterValidator(_encodable)]
 StopWord = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
+def _text_or_list(value: Any) -> str:
+    """Which alternative a value is meant for, so that errors are about that one."""
+    return "list" if isinstance(value, list) else "text"
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -75,13 +80,21 @@ class ImagePart(_Strict):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+TextContent = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[TextPart], Tag("list")], Discriminator(_text_or_list)
+]
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[list[Part], Tag("list")], Discriminator(_text_or_list)]
+StopWords = Annotated[
+    Annotated[StopWord, Tag("text")] | Annotated[list[StopWord], Field(max_length=MAX_STOP_WORDS), Tag("list")],
+    Discriminator(_text_or_list),
+]
 
 
 class SystemMessage(_Strict):
     """Instructions; the first message only."""
 
     role: Literal["system", "developer"]
-    content: Text | list[TextPart]
+    content: TextContent
     name: Text | None = None
 
 
@@ -89,7 +102,7 @@ class UserMessage(_Strict):
     """A question, with its pictures."""
 
     role: Literal["user"]
-    content: Text | list[Part]
+    content: Content
     name: Text | None = None
 
 
@@ -97,7 +110,7 @@ class AssistantMessage(_Strict):
     """An earlier answer. `boxes` and the like of the server's own answers may stand there; they are not read."""
 
     role: Literal["assistant"]
-    content: Text | list[TextPart]
+    content: TextContent
     name: Text | None = None
     refusal: None = None
     boxes: list[Any] | None = None
@@ -129,7 +142,7 @@ class ChatRequest(_Strict):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_ANSWERS)] = None
-    stop: StopWord | Annotated[list[StopWord], Field(max_length=MAX_STOP_WORDS)] | None = None
+    stop: StopWords | None = None
 
     frequency_penalty: Any = None
     presence_penalty: Any = None
