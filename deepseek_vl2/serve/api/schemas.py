@@ -46,7 +46,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-StopWord = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_encodable)]
 
 
 def _text_or_list(value: Any) -> str:
