@@ -107,12 +107,16 @@ class UserMessage(_Strict):
 
 
 class AssistantMessage(_Strict):
-    """An earlier answer. `boxes` and the like of the server's own answers may stand there; they are not read."""
+    """An earlier answer, also as the server or the official client gave it: only its text is read."""
 
     role: Literal["assistant"]
     content: TextContent
     name: Text | None = None
     refusal: None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
     boxes: list[Any] | None = None
     box_problems: list[Any] | None = None
 

@@ -6,6 +6,8 @@ import urllib.request
 import openai
 import pytest
 
+from deepseek_vl2.serve.api.prompts import AskedPictures, _asked_pictures, _joined
+from deepseek_vl2.serve.api.schemas import ChatRequest
 from deepseek_vl2.serve.grounding import parse_grounding
 from deepseek_vl2.serve.inference import deepseek_generate
 
@@ -116,6 +118,50 @@ def test_a_conversation_with_several_pictures(nano, client, star, small, ask):
     parts = (nano.model, nano.processor, nano.tokenizer)
     text = "".join(deepseek_generate(messages, *parts, max_length=8, temperature=0, repetition_penalty=1.0))
     assert answer.choices[0].message.content == text
+
+
+def test_an_answer_goes_back_as_it_came(client, star, ask):
+    question = ask(WHERE, star[1])
+    message = client.chat.completions.create(model="nano", messages=question).choices[0].message
+    for sent in (message, message.model_dump()):
+        answer = client.chat.completions.create(
+            model="nano", messages=[*question, sent, *ask("What color is it?")], max_tokens=2
+        )
+        assert answer.usage.completion_tokens == 2
+
+
+def test_low_detail_is_one_view(client, star):
+    def image_tokens(detail):
+        part = {"type": "image_url", "image_url": {"url": star[1], "detail": detail}}
+        answer = client.chat.completions.create(
+            model="nano", messages=[{"role": "user", "content": [part]}], max_tokens=1
+        )
+        return answer.usage.prompt_tokens_details.image_tokens
+
+    assert image_tokens("low") < image_tokens("high") == image_tokens("auto")
+
+
+def test_boxes_name_the_picture_of_the_request():
+    """Counted from 1 over the request; they lie in the pictures of the last question that has some."""
+    asked = AskedPictures("In image 1?", ((100, 50), (999, 999)), first=2)
+    box = "<|ref|>a<|/ref|><|det|>[[0, 0, 999, 999]]<|/det|>"
+    (found,), problems = asked.find_boxes(box)
+    assert (found["picture"], found["pixels"], problems) == (3, [0, 0, 100, 50], [])
+    (found,), _ = asked.find_boxes(f"In the second image {box}")
+    assert (found["picture"], found["pixels"]) == (4, [0, 0, 999, 999])
+    assert AskedPictures("Hello", (), 0).find_boxes(box) == ([], [])
+
+
+def test_pictures_are_those_of_the_last_question_that_has_some(small, ask):
+    history = [*ask("One?", small), {"role": "assistant", "content": "1"}, *ask("Two?", small, small)]
+    later = [{"role": "assistant", "content": "2"}, *ask("And?"), *ask("again")]
+    sizes = [(1, 1), (2, 2), (3, 3)]
+    for messages, question in ((history, "Two?"), ([*history, *later], "And?\nagain")):
+        parsed = ChatRequest.model_validate({"model": "nano", "messages": messages}).messages
+        assert _asked_pictures(parsed, sizes) == AskedPictures(question, ((2, 2), (3, 3)), 1)
+        joined = _joined(parsed)
+        assert [message["role"] for message in joined] == ["user", "assistant"] * (len(joined) // 2) + ["user"]
+        assert joined[2]["content"] == "<image>\n<image>\nTwo?"
 
 
 def test_seeds(client, star, ask):
