@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import threading
 import time
 import urllib.parse
@@ -33,10 +34,10 @@ def is_idle(server):
 
 
 def num_cancelled(server):
-    (line,) = [
-        line for line in server.service.metrics.text().decode().splitlines() if "cancelled_requests_total " in line
-    ]
-    return float(line.split()[-1])
+    (figure,) = re.findall(
+        r"^deepseek_vl2_cancelled_requests_total (.+)$", server.service.metrics.text().decode(), re.M
+    )
+    return float(figure)
 
 
 @pytest.mark.parametrize("stream", [True, False])

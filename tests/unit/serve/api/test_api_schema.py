@@ -25,6 +25,8 @@ def test_no_request_makes_the_server_fail(schema, mode):
     assert "POST /v1/chat/completions" in operations
     assert len(operations) == 5
     statuses = set()
+    if mode is schemathesis.GenerationMode.NEGATIVE:  # the others have nothing that could be wrong
+        operations = {label: operations[label] for label in ("POST /v1/chat/completions",)}
     for operation in operations.values():
         run(operation, mode, statuses)
     assert {200, 404} <= statuses if mode is schemathesis.GenerationMode.POSITIVE else 400 in statuses
