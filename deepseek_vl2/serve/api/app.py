@@ -70,37 +70,21 @@ def _add_chat(app: FastAPI, service: ChatService) -> None:
     ) -> Response:
         """Answers a conversation, whole or (with `stream`) piece by piece."""
         _check_model(service, body.model)
-        opened = await _counting_cancels(service, request, body, client)
+        opened = await while_connected(request, service.begin(body, client))
         head = ResponseHead(service.settings.model_name)
         if body.stream:
             includes_usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream_response(head, opened, includes_usage)
-            return EventStream(events, lambda is_cancelled: _close(service, opened, is_cancelled))
-        is_cancelled = True
+            return EventStream(events, lambda is_cancelled: _end_stream(service, opened, is_cancelled))
         try:
-            content = await while_connected(request, whole_response(head, opened))
-            is_cancelled = False
-            return JSONResponse(content)
-        except ApiError as error:
-            is_cancelled = error.status_code == CLIENT_CLOSED_REQUEST
-            raise
+            return JSONResponse(await while_connected(request, whole_response(head, opened)))
         finally:
-            _close(service, opened, is_cancelled)
+            service.end(opened)
 
 
-async def _counting_cancels(service: ChatService, request: Request, body: ChatRequest, client: Hashable) -> OpenRequest:
-    try:
-        return await while_connected(request, service.begin(body, client))
-    except ApiError as error:
-        if error.status_code == CLIENT_CLOSED_REQUEST:
-            service.metrics.cancelled.inc()
-        raise
-
-
-def _close(service: ChatService, opened: OpenRequest, is_cancelled: bool) -> None:
-    opened.close()
-    service.metrics.new_tokens.inc(opened.num_new_tokens)
-    if is_cancelled:
+def _end_stream(service: ChatService, opened: OpenRequest, is_cancelled: bool) -> None:
+    service.end(opened)
+    if is_cancelled:  # its status was sent before: it is not in the figures as that of other cancelled requests
         service.metrics.cancelled.inc()
 
 

@@ -157,4 +157,6 @@ class RequestLog:
             seconds = time.monotonic() - start
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(seconds)
+            if status == CLIENT_CLOSED_REQUEST:
+                self._metrics.cancelled.inc()
             logger.info("%s %s %d in %.3f s", scope["method"], path, status, seconds)

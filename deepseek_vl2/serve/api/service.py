@@ -178,6 +178,11 @@ class ChatService:
         self.metrics.image_tokens.inc(prompt.num_image_tokens)
         self.metrics.pictures.inc(len(prompt.inputs.num_image_tokens))
 
+    def end(self, opened: OpenRequest) -> None:
+        """Closes a request, and counts what was answered."""
+        opened.close()
+        self.metrics.new_tokens.inc(opened.num_new_tokens)
+
     def close(self) -> None:
         """Ends all answers."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
