@@ -94,8 +94,7 @@ def test_padding_leaves_with_the_row_that_needed_it(parts):
     assert batch.num_positions == lengths[0] == batch._cache.get_seq_length()
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.3), (0.7, 1.3), (1.0, 1.0)])
 def test_a_seed_gives_what_the_library_gives_with_it(parts, temperature, penalty):
     model, processor = parts
     text, images = QUESTIONS[0]

@@ -14,7 +14,7 @@ from deepseek_vl2.serve.api.errors import ApiError
 from deepseek_vl2.serve.api.places import Places
 
 NUM_CLIENTS = 20
-COLOURS = ("red", "blue", "green", "yellow", "purple", "orange")
+COLOURS = ("red", "blue", "green", "yellow")
 
 
 def scene(colour):

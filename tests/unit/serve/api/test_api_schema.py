@@ -9,7 +9,7 @@ from deepseek_vl2.serve.api.app import create_app
 from deepseek_vl2.serve.api.service import ChatService
 from deepseek_vl2.serve.api.settings import ServerSettings
 
-NUM_EXAMPLES = 25
+NUM_EXAMPLES = 15
 
 
 @pytest.fixture(scope="module")
