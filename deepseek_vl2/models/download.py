@@ -42,15 +42,14 @@ def fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-    request = urllib.request.Request(
-        _ascii_url(url), headers={"User-Agent": f"deepseek_vl2/{deepseek_vl2.__version__}"}
-    )
+    request = urllib.request.Request(ascii_url(url), headers={"User-Agent": f"deepseek_vl2/{deepseek_vl2.__version__}"})
     opener = urllib.request.build_opener(_LimitedRedirects)
     deadline = time.monotonic() + timeout
     too_late = f"{url!r} did not answer within {timeout:g} s; raise timeout=, or download it and pass the file"
+    too_large = f"{url!r} is larger than {max_bytes} bytes; raise max_bytes= if it is meant"
     try:
         with opener.open(request, timeout=timeout) as response:
-            return _read_limited(response, url, deadline, too_late, max_bytes)
+            return read_limited(response, deadline, max_bytes, too_late, too_large)
     except urllib.error.HTTPError as error:
         with error:
             raise ValueError(f"{url!r} answered HTTP {error.code}: {error.reason}") from error
@@ -66,7 +65,12 @@ def fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
         raise ConnectionError(f"the connection to {url!r} broke off: {error or type(error).__name__}") from error
 
 
-def _ascii_url(url: str) -> str:
+def ascii_url(url: str) -> str:
+    """Write an address in ASCII: letters of the host as IDNA, others quoted; without its fragment.
+
+    Raises:
+        ValueError: it names no host, or is malformed.
+    """
     try:
         parts = urllib.parse.urlsplit(url.strip())
         if not parts.hostname:
@@ -79,10 +83,23 @@ def _ascii_url(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
-def _read_limited(
-    response: http.client.HTTPResponse, url: str, deadline: float, too_late: str, max_bytes: int
+def read_limited(
+    response: http.client.HTTPResponse, deadline: float, max_bytes: int, too_late: str, too_large: str
 ) -> bytes:
-    too_large = f"{url!r} is larger than {max_bytes} bytes; raise max_bytes= if it is meant"
+    """Read an answer within limits.
+
+    Args:
+        response: the answer, its body not read yet.
+        deadline: by `time.monotonic`.
+        max_bytes: largest body.
+        too_late: the error's words if the deadline passes.
+        too_large: the error's words if there is more.
+
+    Raises:
+        TimeoutError: the deadline passes.
+        ConnectionError: less comes than was announced.
+        ValueError: there is more than `max_bytes`.
+    """
     if response.length is not None and response.length > max_bytes:
         raise ValueError(too_large)
     expected = response.length

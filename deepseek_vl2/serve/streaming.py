@@ -3,8 +3,9 @@
 import logging
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from transformers.generation.streamers import BaseStreamer
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length
 from deepseek_vl2.serve.prompt_memory import PromptMemory, Reuse
+from deepseek_vl2.serve.text_pieces import LetterDecoder, until_stop_word
 
 logger = logging.getLogger(__name__)
 
 _PROMPT_PARTS = ("input_ids", "images", "images_seq_mask", "images_spatial_crop", "attention_mask")
 _answering = threading.local()  # in the model's thread: `stop`, the request of the answer that it works on
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what incomplete UTF-8 is decoded to
 
 
 class AnswerStream(Iterator[str]):
@@ -136,18 +137,15 @@ class _StopRequest(StoppingCriteria):
 
 
 class _TextQueue(BaseStreamer):
-    """Takes tokens from the model's thread and gives text to the reader's, an incomplete letter with its last byte.
-
-    This relies on the tokenizer being one of bytes, where text of whole letters does not change with what follows.
-    """
+    """Takes tokens from the model's thread and gives text to the reader's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids: list[int] = []
         self.has_eos = False
         self.is_read = False
-        self._tokenizer = tokenizer
+        self._eos_token_id = tokenizer.eos_token_id
+        self._decoder = LetterDecoder(tokenizer)
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._waiting: list[int] = []
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
@@ -157,23 +155,14 @@ class _TextQueue(BaseStreamer):
             return
         for token in value.flatten().tolist():
             self.ids.append(token)
-            if token == self._tokenizer.eos_token_id:
+            if token == self._eos_token_id:
                 self.has_eos = True
                 return
-            self._waiting.append(token)
-            text = self._text()
-            if not text.endswith(_REPLACEMENT):
-                self._waiting.clear()
-                self._queue.put(text)
-
-    def _text(self) -> str:
-        text: Any = self._tokenizer.decode(self._waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+            self._queue.put(self._decoder.feed(token))
 
     def end(self) -> None:
         """Lets the rest go, even if it is no whole letter."""
-        self._queue.put(self._text())
-        self._waiting.clear()
+        self._queue.put(self._decoder.flush())
 
     def hang_up(self) -> None:
         """Tells the reader that nothing more comes."""
@@ -229,32 +218,28 @@ class _Speaker:
 
     @torch.inference_mode()
     def _speak(self) -> None:
-        _answering.stop = self.stop.is_requested
         # One that is made here goes with this thread, though the stream be kept.
         memory = PromptMemory(self._model) if self._memory is None else self._memory
         try:
-            with memory.in_use(self.text.ids):
+            with memory.in_use(self.text.ids), left_when(self.stop.is_requested):
                 self._answer(memory)
         finally:
             self.text.hang_up()
 
     def _answer(self, memory: PromptMemory) -> None:
-        try:
-            inputs_embeds, cache = memory.prefill(self._prompt, self._chunk_size)
-            self.reuse = memory.last_reuse
-            if self.stop.is_requested.is_set():
-                return
-            self._model.generate(
-                input_ids=self._prompt["input_ids"],
-                attention_mask=self._prompt["attention_mask"],
-                inputs_embeds=inputs_embeds,
-                past_key_values=cache,
-                streamer=self.text,
-                stopping_criteria=StoppingCriteriaList([self.stop]),
-                **self._options,
-            )
-        except _StoppedError:
-            logger.debug("stopped before the next layer")
+        inputs_embeds, cache = memory.prefill(self._prompt, self._chunk_size)
+        self.reuse = memory.last_reuse
+        if self.stop.is_requested.is_set():
+            return
+        self._model.generate(
+            input_ids=self._prompt["input_ids"],
+            attention_mask=self._prompt["attention_mask"],
+            inputs_embeds=inputs_embeds,
+            past_key_values=cache,
+            streamer=self.text,
+            stopping_criteria=StoppingCriteriaList([self.stop]),
+            **self._options,
+        )
 
 
 class _StoppedError(Exception):
@@ -270,40 +255,22 @@ def stop_between_layers(model: DeepseekVLV2ForCausalLM) -> None:
         layer.register_forward_pre_hook(_leave_if_stopped)
 
 
+@contextmanager
+def left_when(stop: threading.Event) -> Iterator[None]:
+    """Lets go of the model's work of this thread before its next layer once `stop` is set; see `stop_between_layers`.
+
+    The block is then left without an error.
+    """
+    _answering.stop = stop
+    try:
+        yield
+    except _StoppedError:
+        logger.debug("stopped before the next layer")
+    finally:
+        _answering.stop = None
+
+
 def _leave_if_stopped(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
     stop: threading.Event | None = getattr(_answering, "stop", None)
     if stop is not None and stop.is_set():
         raise _StoppedError
-
-
-def until_stop_word(pieces: Iterable[str], stop_words: Sequence[str]) -> Iterator[str]:
-    """Passes text on up to the first stop word, which is left out even if it comes in several pieces.
-
-    The first is the one that is complete first; so what comes does not depend on how the text was cut into pieces. Text
-    that may be the beginning of a stop word waits for the next piece.
-    """
-    words = [word for word in stop_words if word]
-    pending = ""
-    for piece in pieces:
-        pending += piece
-        found = [(start + len(word), start) for word in words if (start := pending.find(word)) >= 0]
-        if found:
-            _, start = min(found)
-            if start:
-                yield pending[:start]
-            return
-        num_safe = len(pending) - _length_of_possible_start(pending, words)
-        if num_safe:
-            yield pending[:num_safe]
-            pending = pending[num_safe:]
-    if pending:
-        yield pending
-
-
-def _length_of_possible_start(text: str, stop_words: Sequence[str]) -> int:
-    """Length of the longest end of a text that a stop word begins with."""
-    longest = max((len(word) - 1 for word in stop_words), default=0)
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(word.startswith(text[-length:]) for word in stop_words):
-            return length
-    return 0

@@ -25,6 +25,8 @@ RANKS = {
     "deepseek_vl2.serve.inference": 4,
     "deepseek_vl2.serve.chat_session": 4,
     "deepseek_vl2.serve.app_modules": 5,
+    "deepseek_vl2.serve.api": 5,
+    "deepseek_vl2.serve.compare": 5,
     "deepseek_vl2.serve": 3,
     "deepseek_vl2.nano.": 5,
     "deepseek_vl2.nano": 0,  # where the checkpoint lies, and nothing else

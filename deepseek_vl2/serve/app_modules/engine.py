@@ -9,9 +9,9 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Turn
-from deepseek_vl2.serve.app_modules.fair_queue import FairQueue
 from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
 from deepseek_vl2.serve.app_modules.settings import Settings
+from deepseek_vl2.serve.fair_queue import FairQueue
 
 logger = logging.getLogger(LOGGER_NAME)
 

@@ -1,31 +1,13 @@
 """What uploads may be, checked on the server whatever the browser has checked."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_vl2.serve.app_modules.texts import UserError
+from deepseek_vl2.serve.picture_limits import MEGABYTE, PictureLimits
 
-MEGABYTE = 2**20
 
-
-@dataclass(frozen=True)
-class UploadLimits:
-    """Limits of one question.
-
-    Attributes:
-        max_image_mb: size of a file.
-        max_pixels: width times height of a picture.
-        max_pictures: pictures of one question.
-    """
-
-    max_image_mb: float = 20
-    max_pixels: int = 40_000_000
-    max_pictures: int = 10
-
-    @property
-    def max_bytes(self) -> int:
-        """Size of a file in bytes."""
-        return int(self.max_image_mb * MEGABYTE)
+class UploadLimits(PictureLimits):
+    """Limits of one question on the page, with messages in its users' languages."""
 
     def check_number(self, num_pictures: int) -> None:
         """Refuse too many pictures.

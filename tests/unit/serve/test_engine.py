@@ -17,9 +17,9 @@ from deepseek_vl2.serve.app_modules.engine import (
     LoadState,
     Request,
 )
-from deepseek_vl2.serve.app_modules.fair_queue import FairQueue
 from deepseek_vl2.serve.app_modules.sessions import Session, Sessions
 from deepseek_vl2.serve.app_modules.settings import Settings
+from deepseek_vl2.serve.fair_queue import FairQueue
 
 TIMEOUT = 60
 

@@ -18,7 +18,8 @@ from deepseek_vl2.serve.inference import (
     load_model,
     sampling_options,
 )
-from deepseek_vl2.serve.streaming import AnswerStream, until_stop_word
+from deepseek_vl2.serve.streaming import AnswerStream
+from deepseek_vl2.serve.text_pieces import until_stop_word
 from deepseek_vl2.utils.hardware import choose_dtype
 from deepseek_vl2.utils.io import load_pil_images
 

@@ -17,7 +17,7 @@ class FairQueue(Generic[T]):
     """Serves in rounds: one item of each user a round, within a round in the order of arrival.
 
     A new item goes into the round that is being served, or into the one after its user's last. Not safe for several
-    threads; the engine holds its own lock.
+    threads; the engines hold their own locks.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,309 @@
+"""The model behind the server: one thread answers all questions, those under way together, step by step."""
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.processing_deepseek_vl_v2 import DeepseekVLV2Processor, VLChatProcessorOutput
+from deepseek_vl2.serve.continuous_batch import ContinuousBatch, ReadPrompt, read_prompt
+from deepseek_vl2.serve.fair_queue import FairQueue
+from deepseek_vl2.serve.picture_features import PictureFeatures
+from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens
+from deepseek_vl2.serve.streaming import left_when, stop_between_layers
+from deepseek_vl2.serve.text_pieces import LetterDecoder, StopWordFilter
+from deepseek_vl2.utils.io import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+# What the model's work raises: bad input, memory, devices.
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+STOP, LENGTH = "stop", "length"
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine takes no more questions."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prepared prompt and how it is answered.
+
+    Attributes:
+        inputs: the processor's output for the prompt.
+        sampling: how tokens are chosen.
+        max_new_tokens: most tokens of the answer; fewer where the model has no positions left.
+        stop_words: texts that end the answer and are not part of it.
+    """
+
+    inputs: VLChatProcessorOutput
+    sampling: Sampling
+    max_new_tokens: int
+    stop_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more text of an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer: `stop` or `length`, and its tokens, the end-of-sentence token included."""
+
+    reason: str
+    num_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An answer that could not be given."""
+
+    error: Exception
+
+
+Event: TypeAlias = Piece | Finished | Failed
+
+
+class Answering:
+    """One answer on its way.
+
+    Args:
+        question: what is asked.
+        emit: takes the events in the engine's thread; `Finished` or `Failed` is the last, or none after `cancel`.
+    """
+
+    def __init__(self, question: Question, emit: Callable[[Event], None]) -> None:
+        self.question = question
+        self.emit = emit
+        self.is_cancelled = threading.Event()
+
+
+class _Row:
+    """An answer that the model works on."""
+
+    def __init__(self, answering: Answering, sampler: RowSampler, decoder: LetterDecoder, max_new_tokens: int) -> None:
+        self.answering = answering
+        self.sampler = sampler
+        self.last_token = 0
+        self._decoder = decoder
+        self._stop = StopWordFilter(answering.question.stop_words)
+        self._max_new_tokens = max_new_tokens
+        self._num_new_tokens = 0
+
+    def take(self, token: int, eos_token: int) -> bool:
+        """Takes the next token; returns whether the answer is over with it."""
+        self.last_token = token
+        self._num_new_tokens += 1
+        is_eos = token == eos_token
+        is_full = self._num_new_tokens >= self._max_new_tokens
+        text = "" if is_eos else self._stop.feed(self._decoder.feed(token))
+        if is_eos or is_full:
+            text += self._stop.feed(self._decoder.flush())
+            text += self._stop.flush()
+        if text:
+            self.answering.emit(Piece(text))
+        if not (is_eos or is_full or self._stop.is_over):
+            return False
+        reason = STOP if is_eos or self._stop.is_over else LENGTH
+        self.answering.emit(Finished(reason, self._num_new_tokens))
+        return True
+
+
+class BatchEngine:
+    """Answers questions in fair order, up to `max_batch` of them at the same time.
+
+    Greedy answers are those of the model for the question alone; sampled ones depend on their own seed only. Both hold
+    up to the rounding of the device, which may differ with the number of rows.
+
+    Args:
+        loaded: the model.
+        max_batch: answers at the same time.
+        chunk_size: tokens of a prompt to read at once, -1 for all.
+        on_step: is told the number of rows of each step.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        max_batch: int = 8,
+        chunk_size: int = -1,
+        on_step: Callable[[int], None] = lambda num_rows: None,
+    ) -> None:
+        self._model: DeepseekVLV2ForCausalLM = loaded.model
+        self._processor: DeepseekVLV2Processor = loaded.processor
+        self._max_batch = max_batch
+        self._chunk_size = chunk_size
+        self._on_step = on_step
+        self._features = PictureFeatures(self._model)
+        self._batch = ContinuousBatch(self._model)
+        self._rows: list[_Row] = []
+        self._reading: Answering | None = None
+        self._queue: FairQueue[Answering] = FairQueue()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        stop_between_layers(self._model)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="deepseek_vl2-engine")
+        self._executor.submit(self._run).add_done_callback(_log_end)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes questions."""
+        return not self._is_closed
+
+    @property
+    def num_running(self) -> int:
+        """Answers that the model works on."""
+        return len(self._rows) + (self._reading is not None)
+
+    @property
+    def num_waiting(self) -> int:
+        """Questions in the queue."""
+        with self._changed:
+            return len(self._queue)
+
+    def submit(self, client: Hashable, question: Question, emit: Callable[[Event], None]) -> Answering:
+        """Puts a question into the queue.
+
+        Args:
+            client: whose it is, for fairness.
+            question: what is asked.
+            emit: see `Answering`.
+
+        Raises:
+            EngineStoppedError: the engine is closed.
+        """
+        answering = Answering(question, emit)
+        with self._changed:
+            if self._is_closed:
+                raise _going_down()
+            self._queue.push(client, answering)
+            self._changed.notify()
+        return answering
+
+    def cancel(self, answering: Answering) -> None:
+        """Ends an answer that nobody wants any more: at once in the queue, else at the next layer or token."""
+        answering.is_cancelled.set()
+        with self._changed:
+            self._queue.remove(answering)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends all answers and the thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._reading is not None:
+            self._reading.is_cancelled.set()
+        self._executor.shutdown()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                if self._rows:
+                    self._step()
+        finally:
+            self._end_all()
+
+    def _wait_for_work(self) -> bool:
+        """Waits until there is something to do; returns whether to go on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._rows or len(self._queue))
+            return not self._is_closed
+
+    def _drop_cancelled(self) -> None:
+        self._leave([place for place, row in enumerate(self._rows) if row.answering.is_cancelled.is_set()])
+
+    def _leave(self, places: list[int]) -> None:
+        if places:
+            self._batch.leave(places)
+            self._rows = [row for place, row in enumerate(self._rows) if place not in set(places)]
+
+    def _admit(self) -> None:
+        """Takes one question up, so that those under way wait for one prompt at most between two tokens."""
+        with self._changed:
+            if len(self._rows) >= self._max_batch or not len(self._queue):
+                return
+            self._reading = answering = self._queue.pop()
+        try:
+            self._begin(answering)
+        except EXPECTED_ERRORS as error:
+            answering.emit(Failed(error))
+        finally:
+            self._reading = None
+
+    def _begin(self, answering: Answering) -> None:
+        read: ReadPrompt | None = None
+        with left_when(answering.is_cancelled):
+            read = self._read(answering.question.inputs)
+        if read is None or answering.is_cancelled.is_set():
+            if self._is_closed:
+                answering.emit(Failed(_going_down()))
+            return
+        row = self._row(answering)
+        (token,) = choose_tokens(read.logits, [row.sampler])
+        if not row.take(token, self._processor.eos_id):
+            self._batch.join(read.cache)
+            self._rows.append(row)
+
+    def _read(self, sample: VLChatProcessorOutput) -> ReadPrompt:
+        inputs = self._processor.batchify([sample]).to(self._model.device, dtype=self._model.dtype)
+        return read_prompt(self._model, self._features.embed(**dict(inputs.items())), self._chunk_size)
+
+    def _row(self, answering: Answering) -> _Row:
+        question = answering.question
+        positions = self._model.config.language_config.max_position_embeddings
+        room = positions - len(question.inputs) + 1  # the last new token is not read any more
+        sampler = RowSampler(question.sampling, question.inputs.input_ids, self._model.device)
+        decoder = LetterDecoder(self._processor.tokenizer)
+        return _Row(answering, sampler, decoder, min(question.max_new_tokens, room))
+
+    def _step(self) -> None:
+        self._on_step(len(self._rows))
+        try:
+            logits = self._batch.step([row.last_token for row in self._rows])
+            tokens = choose_tokens(logits, [row.sampler for row in self._rows])
+        except EXPECTED_ERRORS as error:
+            # The cache may have grown in some layers only, so that none of the answers can go on.
+            for row in self._rows:
+                row.answering.emit(Failed(error))
+            self._leave(list(range(len(self._rows))))
+            return
+        eos_token = self._processor.eos_id
+        self._leave(
+            [
+                place
+                for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True))
+                if row.take(token, eos_token)
+            ]
+        )
+
+    def _end_all(self) -> None:
+        """Tells everybody whose answer is open that it does not come any more."""
+        with self._changed:
+            self._is_closed = True
+            left = [*(row.answering for row in self._rows), *self._queue.in_turn()]
+        for answering in left:
+            answering.emit(Failed(_going_down()))
+
+
+def _going_down() -> EngineStoppedError:
+    return EngineStoppedError("the server is going down")
+
+
+def _log_end(work: object) -> None:
+    """Says why the thread ended, if it did so by itself; the error's words may hold what users wrote."""
+    error = work.exception()  # type: ignore[attr-defined]
+    if error is not None:
+        logger.error("the engine stopped: %s", type(error).__name__)
