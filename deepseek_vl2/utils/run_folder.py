@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.io import resolve_model_path
@@ -113,23 +114,28 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def append_records(file: BinaryIO, records: Iterable[Mapping[str, Any]]) -> None:
+def append_records(file: FileIO, records: Iterable[Mapping[str, Any]]) -> list[int]:
     """Writes records as lines of JSON, and waits until they are on the disk.
 
     Args:
         file: opened with `mode="ab", buffering=0`: what could not be written must not be tried again when it is closed.
         records: as JSON can hold them.
 
+    Returns:
+        Length of each line in bytes.
+
     Raises:
         OSError: they cannot be written; the file is named.
     """
-    content = memoryview("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    lines = [(json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records]
+    content = memoryview(b"".join(lines))
     try:
         while content:
             content = content[file.write(content) :]
         os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or errno.EIO), file.name) from error
+    return [len(line) for line in lines]
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
