@@ -63,7 +63,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("questions")
     group.add_argument(
         "--prompt",
-        help="the question, with fields such as {name}, {page} or {a_column}; default: describe the picture, with boxes",
+        help="the question, with fields such as {name}, {page} or {a_column}; default: describe it, with boxes",
     )
     group.add_argument("--image_column", help="field of the pictures; default: image or images")
     group.add_argument("--picture_root", type=Path, help="folder of the pictures; default: that of the input file")

@@ -7,7 +7,7 @@ from deepseek_vl2.nano.scenes import random_scene
 SIZES = [(112, 112), (224, 112), (112, 224), (150, 130), (112, 112), (300, 90)]
 
 
-def save_pictures(folder, count=len(SIZES)):
+def save_pictures(folder, count):
     """Pictures of different lengths in tokens, `00.png` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

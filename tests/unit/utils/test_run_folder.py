@@ -13,6 +13,7 @@ from deepseek_vl2.utils.run_folder import (
     begin_or_resume,
     file_digest,
     folder_digest,
+    lock_folder,
     model_digest,
     read_records,
 )
@@ -112,3 +113,13 @@ def test_digests_follow_the_content(tmp_path):
     changed = folder_digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(2**20 + 1))
     assert len({before, changed, folder_digest(tmp_path)}) == 3
+
+
+def test_a_locked_folder_is_refused_until_it_is_free(tmp_path):
+    folder = tmp_path / "new"
+    with lock_folder(folder):
+        second = lock_folder(folder)
+        with pytest.raises(BlockingIOError, match=rf"another run is at work in .* \(process {os.getpid()}\)"):
+            second.__enter__()
+    with lock_folder(folder):
+        pass
