@@ -26,7 +26,7 @@ from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.inference import sampling_options
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, resolve_device
-from deepseek_vl2.utils.run_folder import begin_or_resume, folder_digest, lock_folder, model_digest
+from deepseek_vl2.utils.run_folder import SETTINGS_FILE, begin_or_resume, folder_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.batch"
 RUN_FOLDER_SUFFIX = ".run"
@@ -156,7 +156,7 @@ def run_settings(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in (*names, "repetition_penalty", "seed", "no_tiling")}
     return {
         "input_digest": source.digest,
-        "picture_root": None if options.picture_root is None else str(options.picture_root),
+        "picture_root": None if options.picture_root is None else str(options.picture_root.resolve()),
         "model": options.model_path,
         "model_digest": model_digest(options.model_path),
         "adapter_digest": None if options.adapter is None else folder_digest(Path(options.adapter)),
@@ -182,6 +182,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     num_items = min(len(job.source), options.limit or len(job.source))
     folder = options.output.with_name(options.output.name + RUN_FOLDER_SUFFIX)
     with lock_folder(folder):
+        if options.output.exists() and not (folder / SETTINGS_FILE).exists():
+            raise ValueError(f"{options.output} is there already, and not of a run that could go on; take another name")
         begin_or_resume(folder, run_settings(options, job.source), RECORDS_FILE)
         if options.retry_failed:
             drop_failed(folder)

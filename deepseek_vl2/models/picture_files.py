@@ -118,7 +118,8 @@ def read_image_size(source: PictureSource) -> tuple[int, int]:
     opened = _open_source(source, name, DEFAULT_TIMEOUT, DEFAULT_MAX_BYTES)
     with opened, _identify(opened, name) as image:
         _check_size(image.size, DEFAULT_MAX_PIXELS, name)
-        is_turned = _TURNS.get(_orientation(image, name)) in _QUARTER_TURNS
+        # Pillow itself turns pictures in TIFF upright, and gives their size so from the beginning.
+        is_turned = image.format != "TIFF" and _TURNS.get(_orientation(image, name)) in _QUARTER_TURNS
         width, height = image.size
         return (height, width) if is_turned else (width, height)
 

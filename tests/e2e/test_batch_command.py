@@ -182,6 +182,14 @@ def test_two_runs_on_one_output_are_refused(folder, tmp_path, capsys):
     assert "another run is at work in" in line
 
 
+def test_a_file_that_is_no_runs_output_is_not_replaced(folder, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    output.write_text("mine")
+    assert main(command(folder, output)) == 2
+    assert "is there already" in capsys.readouterr().err.splitlines()[-1]
+    assert output.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

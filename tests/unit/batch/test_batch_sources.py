@@ -167,7 +167,7 @@ def test_json_lines(tmp_path):
         ({"text": "x"}, "there is no picture"),
         ({"image": "00.png", "prompt": 5}, "'prompt' must be a text"),
         ({"image": "00.png", "prompt": " "}, "the prompt is empty"),
-        ({"image": "00.png", "prompt": "<image> <image>"}, "2 <image> mark"),
+        ({"image": "00.png", "prompt": "<image> <image> What?"}, "2 <image> mark"),
         ({"conversation": "x"}, "must be a list of messages"),
         ({"conversation": [{"role": "assistant", "content": "x"}]}, "must end with a question"),
     ],
