@@ -1,5 +1,6 @@
 """Pages of PDF files as pictures, by PDFium."""
 
+import atexit
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -100,10 +101,17 @@ def _open(path: str) -> Any:
         if "password" in str(error).lower():
             raise ValueError(f"the PDF {path} is encrypted; save it without its password first") from None
         raise ValueError(f"{path} is no PDF that can be read, or it is broken ({error})") from error
+    if not _opened:
+        atexit.register(_close_all)  # before PDFium's own end, which complains of open files
     _opened[path] = document
     if len(_opened) > _MAX_OPEN_FILES:
         _opened.popitem(last=False)[1].close()
     return document
+
+
+def _close_all() -> None:
+    while _opened:
+        _opened.popitem()[1].close()
 
 
 def _page(page: PdfPage) -> Any:

@@ -112,7 +112,8 @@ def read_image_size(source: PictureSource) -> tuple[int, int]:
         source: a path, encoded bytes, or another source of `load_image` that is no PIL picture or array.
 
     Raises:
-        OSError: as in `load_image`, like its other errors; broken pixels are not found.
+        OSError: as in `load_image`, like its other errors. Broken pixels are not found, and neither is the orientation
+            of a PNG that notes it behind them.
     """
     name = _describe(source)
     opened = _open_source(source, name, DEFAULT_TIMEOUT, DEFAULT_MAX_BYTES)
@@ -235,7 +236,8 @@ def _turn_upright(image: Image.Image, name: str) -> Image.Image:
 
 def _orientation(image: Image.Image, name: str) -> int:
     try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
+        # PNG's own method decodes the whole picture first, for an orientation that is noted behind the pixels.
+        return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except _DECODING_ERRORS as error:
         logger.warning("%s has a damaged EXIF block, its orientation is not known: %s", name, error)
         return 1
