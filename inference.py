@@ -21,10 +21,10 @@ import transformers
 from PIL import Image
 
 from deepseek_vl2.models.generation import check_chunk_size
-from deepseek_vl2.models.special_tokens import ASSISTANT, GROUNDING, IMAGE, REF_END, REF_START, USER
+from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
 from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
-from deepseek_vl2.serve.questions import place_image_marks
+from deepseek_vl2.serve.questions import DESCRIBE_PICTURE, place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
@@ -32,7 +32,6 @@ from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
 
 EXAMPLE_IMAGE = Path(__file__).parent / "images" / "visual_grounding_1.jpeg"
 EXAMPLE_PROMPT = f"{REF_START}the red star{REF_END}."
-PROMPT_FOR_PICTURES = f"{GROUNDING}Describe the picture."
 OUTPUT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_SEED = 2**63 - 1
 MORE_MEMORY = "--chunk_size 512, fewer or smaller pictures, or --device cpu"
@@ -121,7 +120,7 @@ def build_conversation(prompt: str | None, images: list[str] | None) -> list[dic
     if prompt is None and images is None:
         prompt, images = EXAMPLE_PROMPT, [str(EXAMPLE_IMAGE)]
     images = images or []
-    prompt = PROMPT_FOR_PICTURES if prompt is None else prompt
+    prompt = DESCRIBE_PICTURE if prompt is None else prompt
     if not prompt.replace(IMAGE, "").strip():
         raise ValueError("--prompt is empty: ask something, or leave it out to get the picture described")
     prompt = place_image_marks(prompt, len(images))

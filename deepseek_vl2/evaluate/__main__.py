@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.evaluate.predictions import begin_or_resume, file_digest, folder_digest
+from deepseek_vl2.evaluate.predictions import PREDICTIONS_FILE
 from deepseek_vl2.evaluate.readers import BOX_FORMATS, FORMATS, choose_format, read_samples
 from deepseek_vl2.evaluate.report import write_report
 from deepseek_vl2.evaluate.results import format_table, summarize_run
@@ -24,7 +24,8 @@ from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
-from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device, resolve_model_path
+from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device
+from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, model_digest
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
 RESULTS_FILE = "results.json"
@@ -82,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         options.data, settings["format"], task.check, options.picture_root, options.box_format, options.limit
     )
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
-    begin_or_resume(options.output, settings)
+    begin_or_resume(options.output, settings, PREDICTIONS_FILE)
     use_chosen_num_threads()
     loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
     asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
@@ -102,11 +103,10 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: no such device, or the kind of file is not known.
         OSError: the data file or the model is not there.
     """
-    model = resolve_model_path(options.model_path)
     return {
         "task": options.task,
         "model": options.model_path,
-        "model_digest": folder_digest(Path(model)) if Path(model).is_dir() else None,
+        "model_digest": model_digest(options.model_path),
         "data_digest": file_digest(options.data),
         "format": choose_format(options.data, options.format),
         "box_format": options.box_format,

@@ -1,11 +1,9 @@
 """Asks the model: samples in batches, greedily; every answer is judged and written at once."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -15,7 +13,9 @@ from deepseek_vl2.evaluate.tasks import Task
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.generation import check_prompt_length
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
+from deepseek_vl2.serve.batch_generation import answer_batch
 from deepseek_vl2.utils.io import LoadedModel, load_image
+from deepseek_vl2.utils.run_folder import append_records
 
 
 class Asker:
@@ -72,45 +72,8 @@ class Asker:
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """Answers samples as one batch, special tokens of grounding kept."""
         prompts = [self.encode(sample) for sample in samples]
-        return answer_batch(self.model, self.processor, prompts, self.max_new_tokens, self.chunk_size)
-
-
-@torch.inference_mode()
-def answer_batch(
-    model: DeepseekVLV2ForCausalLM,
-    processor: DeepseekVLV2Processor,
-    prompts: Sequence[VLChatProcessorOutput],
-    max_new_tokens: int,
-    chunk_size: int = -1,
-) -> list[str]:
-    """Answers encoded questions greedily, as one batch, special tokens of grounding kept.
-
-    Args:
-        model: the model.
-        processor: of the model.
-        prompts: the questions.
-        max_new_tokens: most tokens of an answer; fewer where the model has no positions left.
-        chunk_size: tokens to prefill at once, -1 for all.
-    """
-    inputs = processor.batchify(prompts).to(model.device, dtype=model.dtype)
-    num_tokens = inputs["input_ids"].shape[1]
-    prompt: dict[str, Any] = dict(inputs.items())
-    if chunk_size != -1:
-        embeds, cache = model.incremental_prefilling(**prompt, chunk_size=chunk_size)
-        prompt |= {"inputs_embeds": embeds, "past_key_values": cache}
-    output = model.generate(
-        **prompt,
-        do_sample=False,
-        max_new_tokens=min(max_new_tokens, model.config.language_config.max_position_embeddings - num_tokens + 1),
-        pad_token_id=processor.pad_id,
-        eos_token_id=processor.eos_id,
-    )
-    return [_text(processor, row) for row in output[:, num_tokens:].tolist()]
-
-
-def _text(processor: DeepseekVLV2Processor, row: list[int]) -> str:
-    end = row.index(processor.eos_id) if processor.eos_id in row else len(row)
-    return processor.decode(row[:end])
+        answers = answer_batch(self.model, self.processor, prompts, self.max_new_tokens, self.chunk_size)
+        return [answer.text for answer in answers]
 
 
 def find_too_long(asker: Asker, samples: Sequence[Sample]) -> list[BadEntry]:
@@ -138,12 +101,11 @@ def run(asker: Asker, samples: Sequence[Sample], folder: Path, batch_size: int) 
     """
     records = read_predictions(folder, samples)
     with (
-        (folder / PREDICTIONS_FILE).open("a", encoding="utf-8", newline="\n") as file,
+        (folder / PREDICTIONS_FILE).open("ab", buffering=0) as file,
         tqdm(total=len(samples), initial=len(records), desc="Ask", unit="sample") as bar,
     ):
         for record in _answers_after(len(records), asker, samples, batch_size):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+            append_records(file, [record])
             records.append(record)
             bar.update()
     return records

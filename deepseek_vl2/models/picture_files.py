@@ -44,6 +44,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 # What Pillow's readers raise on broken data, beside OSError.
 _DECODING_ERRORS = (
     OSError,
@@ -97,6 +103,26 @@ def load_image(
     opened = _open_source(source, name, timeout, max_bytes)
     with opened, _identify(opened, name) as image:
         return _decode(image, max_pixels, name)
+
+
+def read_image_size(source: PictureSource) -> tuple[int, int]:
+    """Width and height that `load_image` will give a picture, read from its header alone.
+
+    Args:
+        source: a path, encoded bytes, or another source of `load_image` that is no PIL picture or array.
+
+    Raises:
+        OSError: as in `load_image`, like its other errors. Broken pixels are not found, and neither is the orientation
+            of a PNG that notes it behind them.
+    """
+    name = _describe(source)
+    opened = _open_source(source, name, DEFAULT_TIMEOUT, DEFAULT_MAX_BYTES)
+    with opened, _identify(opened, name) as image:
+        _check_size(image.size, DEFAULT_MAX_PIXELS, name)
+        # Pillow itself turns pictures in TIFF upright, and gives their size so from the beginning.
+        is_turned = image.format != "TIFF" and _TURNS.get(_orientation(image, name)) in _QUARTER_TURNS
+        width, height = image.size
+        return (height, width) if is_turned else (width, height)
 
 
 def _describe(source: Any) -> str:
@@ -204,13 +230,17 @@ def _check_size(size: tuple[int, ...], max_pixels: int, name: str) -> None:
 
 
 def _turn_upright(image: Image.Image, name: str) -> Image.Image:
+    turn = _TURNS.get(_orientation(image, name))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image, name: str) -> int:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        # PNG's own method decodes the whole picture first, for an orientation that is noted behind the pixels.
+        return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     except _DECODING_ERRORS as error:
         logger.warning("%s has a damaged EXIF block, its orientation is not known: %s", name, error)
-        return image
-    turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+        return 1
 
 
 def array_to_image(array: np.ndarray) -> Image.Image:

@@ -1,6 +1,9 @@
 """Questions with pictures: where the pictures stand in the text."""
 
-from deepseek_vl2.models.special_tokens import IMAGE
+from deepseek_vl2.models.special_tokens import GROUNDING, IMAGE
+
+# Asked about pictures that come without a question.
+DESCRIBE_PICTURE = f"{GROUNDING}Describe the picture."
 
 
 def place_image_marks(question: str, num_pictures: int) -> str:

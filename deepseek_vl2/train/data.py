@@ -6,8 +6,7 @@ that the processor understands. Paths of pictures are relative to the file.
 
 import copy
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2Processor
-from deepseek_vl2.models.chat_format import Speaker, content_text, is_picture_part, speaker_of
+from deepseek_vl2.models.chat_format import Speaker, content_text, speaker_of
 from deepseek_vl2.models.generation import check_prompt_length
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 from deepseek_vl2.models.processor_inputs import check_messages
 from deepseek_vl2.serve.grounding import read_grounding
-from deepseek_vl2.utils.data_files import parse_json, picture_path
+from deepseek_vl2.utils.data_files import parse_json, with_full_paths
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import load_pil_images
 
@@ -30,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN_PROBLEMS = 20
 CONVERSATION_KEYS = ("conversations", "messages")
-_SOURCE_KEYS = ("image_url", "image", "url", "path")
-# Two letters at least: C: is a drive.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,7 @@ def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> l
     for number, (speaker, text) in enumerate(zip(speakers, texts, strict=True)):
         if speaker is Speaker.ASSISTANT:
             _check_answer(text, number)
-    return [_with_full_paths(message, folder) for message in messages]
+    return [with_full_paths(message, folder) for message in messages]
 
 
 def _check_answer(text: str, number: int) -> None:
@@ -196,38 +192,6 @@ def _check_answer(text: str, number: int) -> None:
     problems = read_grounding(text).problems
     if problems:
         raise ValueError(f"the answer in message {number} has malformed boxes: {'; '.join(problems)}")
-
-
-def _with_full_paths(message: dict[str, Any], folder: Path) -> dict[str, Any]:
-    result = dict(message)
-    images = message.get("images")
-    if images is not None:
-        if not isinstance(images, list):
-            raise ValueError(f"'images' must be a list of paths, not {images!r:.80}")
-        result["images"] = [_full_path(source, folder) for source in images]
-    if isinstance(message.get("content"), list):
-        result["content"] = [dict(_part_with_full_path(part, folder)) for part in message["content"]]
-    return result
-
-
-def _part_with_full_path(part: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
-    for key, value in part.items():
-        is_source = is_picture_part(part) and key in _SOURCE_KEYS
-        yield key, _full_path(value, folder) if is_source else value
-
-
-def _full_path(source: Any, folder: Path) -> Any:
-    """A picture's path in full; an address stays.
-
-    Raises:
-        ValueError: it is neither.
-        FileNotFoundError: there is no such file.
-    """
-    if isinstance(source, Mapping) and "url" in source:
-        return {**source, "url": _full_path(source["url"], folder)}
-    if isinstance(source, str) and _ADDRESS.match(source):
-        return source
-    return picture_path(source, folder)
 
 
 def split_samples(samples: Sequence[Sample], eval_share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -1,11 +1,17 @@
-"""What fine-tuning and benchmarks share about their files: lines of JSON, pictures by path, files written at once."""
+"""What the commands share about their files: lines of JSON, pictures by path, files written at once."""
 
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl2.models.chat_format import is_picture_part
+
+# Two letters at least: C: is a drive.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_SOURCE_KEYS = ("image_url", "image", "url", "path")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -51,6 +57,48 @@ def picture_path(name: Any, folder: Path) -> str:
     return str(path)
 
 
+def with_full_paths(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A message of a conversation with full paths of its pictures, in its list and in its parts; addresses stay.
+
+    Args:
+        message: as the processor takes it.
+        folder: what paths are relative to.
+
+    Raises:
+        ValueError: a picture is given by neither path nor address.
+        FileNotFoundError: there is no such file.
+    """
+    result = dict(message)
+    images = message.get("images")
+    if images is not None:
+        if not isinstance(images, list):
+            raise ValueError(f"'images' must be a list of paths, not {images!r:.80}")
+        result["images"] = [_full_path(source, folder) for source in images]
+    if isinstance(message.get("content"), list):
+        result["content"] = [dict(_part_with_full_path(part, folder)) for part in message["content"]]
+    return result
+
+
+def _part_with_full_path(part: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
+    for key, value in part.items():
+        is_source = is_picture_part(part) and key in _SOURCE_KEYS
+        yield key, _full_path(value, folder) if is_source else value
+
+
+def _full_path(source: Any, folder: Path) -> Any:
+    """A picture's path in full; an address stays.
+
+    Raises:
+        ValueError: it is neither.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(source, Mapping) and "url" in source:
+        return {**source, "url": _full_path(source["url"], folder)}
+    if isinstance(source, str) and ADDRESS.match(source):
+        return source
+    return picture_path(source, folder)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file at once: a program that is stopped meanwhile leaves the old one.
 
@@ -58,5 +106,8 @@ def write_whole(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)

@@ -8,7 +8,7 @@ from PIL import Image
 from deepseek_vl2.models.picture_files import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, DEFAULT_TIMEOUT, load_image
 from deepseek_vl2.models.special_tokens import IMAGE
 
-__all__ = ["load_image", "load_pil_images"]
+__all__ = ["load_image", "load_pil_images", "picture_sources"]
 
 
 def load_pil_images(
@@ -38,13 +38,23 @@ def load_pil_images(
         ValueError: a picture part names no picture.
         OSError: as in `load_image`, like its other errors.
     """
-    if isinstance(conversations, (str, bytes, Mapping)):
-        raise TypeError(f"expected a list of messages, got {type(conversations).__name__}")
     return [
         load_image(source, max_pixels=max_pixels, timeout=timeout, max_bytes=max_bytes)
-        for index, message in enumerate(conversations)
-        for source in _message_sources(message, index)
+        for source in picture_sources(conversations)
     ]
+
+
+def picture_sources(conversations: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """Yield what a conversation names as pictures, unread; see `load_pil_images`.
+
+    Raises:
+        TypeError: a message is not a mapping, or `images` is not a list.
+        ValueError: a picture part names no picture.
+    """
+    if isinstance(conversations, (str, bytes, Mapping)):
+        raise TypeError(f"expected a list of messages, got {type(conversations).__name__}")
+    for index, message in enumerate(conversations):
+        yield from _message_sources(message, index)
 
 
 def _message_sources(message: Mapping[str, Any], index: int) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "deepseek_vl2"
-CODE_FOLDERS = ("deepseek_vl2", "tests", "benchmarks", "examples", ".ci")
+CODE_FOLDERS = ("deepseek_vl2", "tests", "benchmarks", "examples", "docs", ".ci")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".ipynb", ".css", ".js", ".html", ""}
 MAX_LINES = 700
 # Folders of someone's own machine, and options that name a package index: neither works anywhere else.

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from deepseek_vl2.models.image_transform import to_rgb
+from deepseek_vl2.models.picture_files import load_image, read_image_size
 from deepseek_vl2.nano.architecture import nano_processor
 from deepseek_vl2.utils.io import load_pil_images
 
@@ -71,3 +72,26 @@ def test_a_picture_of_the_callers_own_is_taken_as_it_is(processor):
     batch = processor(text="<image>", images=opened)
     expected = processor(text="<image>", images=to_rgb(SEE_THROUGH))
     assert torch.equal(batch["images"], expected["images"])
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_the_size_in_the_header_is_that_of_the_loaded_picture(orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(encoded, form, exif=exif)
+    assert read_image_size(encoded.getvalue()) == load_image(encoded.getvalue()).size
+
+
+def test_the_size_is_read_without_the_pixels(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.effect_noise((50, 40), 90).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    assert read_image_size(path) == (50, 40)
+    with pytest.raises(ValueError, match="truncated"):
+        load_image(path)
+    with pytest.raises(FileNotFoundError):
+        read_image_size(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match="not a picture"):
+        read_image_size(b"text")
