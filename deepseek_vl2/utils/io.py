@@ -148,6 +148,7 @@ def load_pretrained_model(
     dtype: str | torch.dtype = torch.bfloat16,
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
     **model_options: Any,
 ) -> LoadedModel:
     """Load a model for inference, with its processor and tokenizer.
@@ -157,6 +158,8 @@ def load_pretrained_model(
         dtype: see `resolve_dtype`.
         device: see `resolve_device`. Leave it at `"auto"` when a `device_map` is among the options.
         adapter: folder of an adapter that was trained on this model; it is merged into the weights.
+        quantize: `"int8"` or `"int4"` to hold the weights in fewer bits, None to hold them as the checkpoint does. On
+            the CPU that is `deepseek_vl2.models.WeightOnlyConfig`, on CUDA bitsandbytes, which leaves the experts.
         model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Returns:
@@ -165,11 +168,11 @@ def load_pretrained_model(
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ConnectionError: the hub cannot be reached and the model is not in the cache.
-        ValueError: a device or dtype that does not fit, or a checkpoint or adapter that does not fit the model or
-            tokenizer.
-        ImportError: an adapter is given and peft is not installed.
+        ValueError: a device, dtype or quantisation that does not fit, a checkpoint or adapter that does not fit the
+            model or tokenizer, or weights that do not fit into memory.
+        ImportError: an adapter is given and peft is not installed, or a quantisation needs another package.
     """
-    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor, check_memory, choose_quantization
 
     torch_dtype = resolve_dtype(dtype)
     if adapter is not None:
@@ -180,6 +183,16 @@ def load_pretrained_model(
     _check_config(folder)
     config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
     processor.check_vocab(config.language_config.vocab_size)
+    if adapter is not None and (quantize or getattr(config, "quantization_config", None)):
+        raise ValueError(
+            "an adapter cannot be put into quantised weights: merge it first (python -m deepseek_vl2.train.merge), "
+            "then quantise the result"
+        )
+    if quantize is not None:
+        place = _place(model_options["device_map"])
+        model_options["quantization_config"] = choose_quantization(quantize, place, config)
+    if _place(model_options["device_map"]) == "cpu":
+        check_memory(folder, quantize, torch_dtype)
     try:
         loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
             folder,
@@ -205,6 +218,14 @@ def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> An
     if device != "auto":
         raise ValueError(f"give device={str(device)!r} or device_map={device_map!r}, not both")
     return device_map
+
+
+def _place(device_map: Any) -> str:
+    """Kind of the device that the whole model goes to, `"cuda"` for a map of several."""
+    devices = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    if len(devices) > 1 or devices[0] in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(devices[0]).type
 
 
 def _checkpoint_folder(name_or_folder: str) -> str:

@@ -40,11 +40,13 @@ class ModelOptions(NamedTuple):
         path: `"nano"`, a checkpoint folder or a name on the hub.
         dtype: type of the weights.
         device: where to run.
+        quantize: `"int8"`, `"int4"`, or None for the weights as they are.
     """
 
     path: str
     dtype: str
     device: str
+    quantize: str | None = None
 
 
 class _Said(NamedTuple):
@@ -71,7 +73,9 @@ def load_answerer(
     """
     set_state(LoadState(LOADING))
     with _reported(lambda fraction: set_state(LoadState(WEIGHTS, fraction))):
-        loaded = load_pretrained_model(options.path, dtype=options.dtype, device=options.device)
+        loaded = load_pretrained_model(
+            options.path, dtype=options.dtype, device=options.device, quantize=options.quantize
+        )
     return ModelAnswerer(loaded, limits, folder)
 
 

@@ -31,6 +31,7 @@ class ServerOptions:
         model_name: what the page calls it.
         device: where the model runs.
         dtype: type of its weights.
+        quantize: `"int8"`, `"int4"`, or None for the weights as they are.
         chunk_size: what the page's setting begins with.
         concurrency: answers at the same time.
         max_image_mb: largest upload.
@@ -44,6 +45,7 @@ class ServerOptions:
     model_name: str
     device: str
     dtype: str
+    quantize: str | None
     chunk_size: int
     concurrency: int
     max_image_mb: float
@@ -62,7 +64,7 @@ def build_demo(options: ServerOptions) -> Demo:
         # Here and not above: torch and the models take longer to import than the page to come up.
         from deepseek_vl2.serve.app_modules.answering import ModelOptions, load_answerer
 
-        model = ModelOptions(options.model_path, options.dtype, options.device)
+        model = ModelOptions(options.model_path, options.dtype, options.device, options.quantize)
         return load_answerer(model, limits, options.folder, set_state)
 
     return Demo(
