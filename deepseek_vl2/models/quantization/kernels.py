@@ -20,8 +20,10 @@ logger = logging.getLogger(__name__)
 INT8_PACKED_MAX_ROWS = 16
 # Higher than for int8, since taking nibbles apart costs more than converting bytes.
 INT4_PACKED_MAX_ROWS = 32
-# torch's int8 kernel reads past the end of narrower rows, and may crash.
-INT8_PACKED_MULTIPLE = 16
+# torch's int8 kernel crashes the process unless all rows of inputs and weights begin at such addresses, in bytes.
+INT8_INPUT_ALIGNMENT = 32
+INT8_WEIGHT_ALIGNMENT = 16
+INT8_PACKED_MULTIPLE = 16  # so many numbers a row keep both
 _TOLERANCE = 0.02  # of the largest output: bfloat16 inputs and outputs
 
 
@@ -42,9 +44,15 @@ def linear(
 
 
 def _int8_product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    is_fit = rows.dtype == torch.bfloat16 and rows.shape[1] % INT8_PACKED_MULTIPLE == 0
-    if is_fit and 0 < rows.shape[0] <= INT8_PACKED_MAX_ROWS and has_int8_kernel():
-        return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, scales.bfloat16())
+    if rows.dtype == torch.bfloat16 and 0 < rows.shape[0] <= INT8_PACKED_MAX_ROWS and has_int8_kernel():
+        rows = rows.contiguous()
+        is_aligned = (
+            rows.shape[1] % INT8_PACKED_MULTIPLE == 0
+            and rows.data_ptr() % INT8_INPUT_ALIGNMENT == 0
+            and weight.data_ptr() % INT8_WEIGHT_ALIGNMENT == 0
+        )
+        if is_aligned:
+            return torch.ops.aten._weight_int8pack_mm(rows, weight, scales.bfloat16())
     return _int8_product_of_many_rows(rows, weight, scales)
 
 

@@ -145,6 +145,7 @@ class WeightOnlyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         # Else saving would take the experts apart.
         model._weight_conversions = []
+        _align_int8_weights(model)
         block_rows = kernels.machine_block_rows()
         if block_rows != packing.BLOCK_ROWS:
             for weight in int4_weights(model).values():
@@ -167,6 +168,17 @@ class WeightOnlyQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Quantised models cannot be trained."""
         return False
+
+
+def _align_int8_weights(model: nn.Module) -> None:
+    """Copies int8 weights that are views of a file to addresses that torch's kernel takes."""
+    files = MappedFiles()
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype == torch.int8 and buffer.data_ptr() % kernels.INT8_WEIGHT_ALIGNMENT:
+                    setattr(module, name, buffer.clone())
+                    files.release_pages([buffer])
 
 
 def check_is_complete(model: nn.Module, checkpoint_files: list[str]) -> None:

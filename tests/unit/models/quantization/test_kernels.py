@@ -80,6 +80,19 @@ def test_widths_that_the_int8_kernel_cannot_take_do_not_reach_it(monkeypatch):
     assert_close(kernels.linear(rows, weight, scales, WeightFormat(8), 8), expected)
 
 
+@pytest.mark.parametrize("misaligned", ["rows", "weight"])
+def test_addresses_that_the_int8_kernel_cannot_take_do_not_reach_it(misaligned):
+    """Views of a file begin anywhere; torch's kernel crashes on them."""
+    weight, scales = quantized(random_values(64, 128), WeightFormat(8))
+    rows = random_values(3, 128).bfloat16()
+    expected = expected_product(rows, weight, scales, WeightFormat(8), 64)
+    tensors = {"rows": rows, "weight": weight}
+    memory = torch.empty(tensors[misaligned].nbytes + 128, dtype=torch.uint8)
+    view = memory[-memory.data_ptr() % 64 + 8 :][: tensors[misaligned].nbytes].view(tensors[misaligned].dtype)
+    tensors[misaligned] = view.view_as(tensors[misaligned]).copy_(tensors[misaligned])
+    assert_close(kernels.linear(tensors["rows"], tensors["weight"], scales, WeightFormat(8), 64), expected)
+
+
 def _refuse(*args):
     raise RuntimeError("not built for this processor")
 
