@@ -80,7 +80,7 @@ def test_logits_are_near(original, loaded):
     inputs = make_inputs([(2, 1)])
     inputs["images"] = inputs["images"].bfloat16()
     expected, logits = (model(**inputs).logits.float().flatten() for model in (original, loaded))
-    assert torch.cosine_similarity(expected, logits, dim=0) > (0.999 if bits(loaded) == 8 else 0.97)
+    assert torch.cosine_similarity(expected, logits, dim=0) > (0.995 if bits(loaded) == 8 else 0.97)
 
 
 @torch.no_grad()
