@@ -31,7 +31,6 @@ class ServerOptions:
         model_name: what the page calls it.
         device: where the model runs.
         dtype: type of its weights.
-        quantize: `"int8"`, `"int4"`, or None for the weights as they are.
         chunk_size: what the page's setting begins with.
         concurrency: answers at the same time.
         max_image_mb: largest upload.
@@ -39,13 +38,13 @@ class ServerOptions:
         folder: for pictures with boxes; gradio's own folder, so that it serves them and deletes old ones.
         log_file: where the log goes, beside standard error.
         log_content: whether questions and answers are logged.
+        quantize: `"int8"`, `"int4"`, or None for the weights as they are.
     """
 
     model_path: str
     model_name: str
     device: str
     dtype: str
-    quantize: str | None
     chunk_size: int
     concurrency: int
     max_image_mb: float
@@ -53,6 +52,7 @@ class ServerOptions:
     folder: Path
     log_file: str | None = None
     log_content: bool = False
+    quantize: str | None = None
 
 
 def build_demo(options: ServerOptions) -> Demo:
