@@ -21,6 +21,7 @@ import transformers
 from PIL import Image
 
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
 from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
@@ -70,6 +71,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help="for repeatable sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory, faster on a CPU"
+    )
     parser.add_argument("--output", type=Path, default=Path("vg.jpg"), help="picture with boxes; default: vg.jpg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser.parse_args(arguments)
@@ -85,7 +89,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_chunk_size(arguments.chunk_size)
     if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
         raise ValueError(f"--seed {arguments.seed} must be 0 to {MAX_SEED}")
-    resolve_device(arguments.device)
+    device = resolve_device(arguments.device)
+    if arguments.quantize is not None:
+        check_quantization(arguments.quantize, device.type)
     check_output(arguments.output, arguments.image or [])
 
 
@@ -163,7 +169,11 @@ def answer(arguments: argparse.Namespace) -> None:
     picture = (conversation[0]["images"] or [None])[-1]
     use_chosen_num_threads()
     tokenizer, model, processor = load_model(
-        arguments.model_path, arguments.dtype, device=arguments.device, adapter=arguments.adapter
+        arguments.model_path,
+        arguments.dtype,
+        device=arguments.device,
+        adapter=arguments.adapter,
+        quantize=arguments.quantize,
     )
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)

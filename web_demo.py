@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 PICTURES = Path(__file__).parent / "images"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZATIONS = ("int8", "int4")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -38,6 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lazy_load", action="store_true", help="load the model with the first question")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory")
     parser.add_argument("--share", action="store_true", help="open the page to the internet through gradio's servers")
     parser.add_argument(
         "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for a login; may be given repeatedly"
@@ -105,6 +107,7 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
         model_name=Path(options.local_path).name if options.local_path else options.model_name,
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
         chunk_size=options.chunk_size,
         concurrency=options.concurrency,
         max_image_mb=options.max_image_mb,

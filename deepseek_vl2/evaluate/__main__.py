@@ -21,6 +21,7 @@ from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
@@ -55,6 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     parser.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
+    parser.add_argument("--quantize", choices=list(QUANTIZATIONS), help="hold the weights in 8 or 4 bits")
     parser.add_argument("--num_examples", type=int, default=60, help="in the report, the worst first; default: 60")
     options = parser.parse_args(arguments)
     for name in ("limit", "batch_size", "max_new_tokens"):
@@ -78,6 +80,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """
     task = TASKS[options.task]
     check_chunk_size(options.chunk_size)
+    if options.quantize is not None:
+        check_quantization(options.quantize, resolve_device(options.device).type)
     settings = run_settings(options)
     data = read_samples(
         options.data, settings["format"], task.check, options.picture_root, options.box_format, options.limit
@@ -85,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     begin_or_resume(options.output, settings, PREDICTIONS_FILE)
     use_chosen_num_threads()
-    loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
+    loaded = load_pretrained_model(options.model_path, options.dtype, options.device, quantize=options.quantize)
     asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
@@ -117,6 +121,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         "no_tiling": options.no_tiling,
         "device": resolve_device(options.device).type,
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "version": __version__,
     }
 
@@ -150,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"{PROGRAM}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
         return 2
     print(f"{results['task']}: {results['metric']}, report in {options.output / REPORT_FILE}")

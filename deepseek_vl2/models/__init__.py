@@ -12,13 +12,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversion_mapping import register_conversion_mapping
+from .memory import check_memory
 from .modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
+from .quantization import WeightOnlyConfig, choose_quantization, register_quantization
 
-__all__ = ["DeepseekV2Config", "DeepseekVLV2Config", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor"]
+__all__ = [
+    "DeepseekV2Config",
+    "DeepseekVLV2Config",
+    "DeepseekVLV2ForCausalLM",
+    "DeepseekVLV2Processor",
+    "WeightOnlyConfig",
+    "check_memory",
+    "choose_quantization",
+]
 
 AutoConfig.register(DeepseekVLV2Config.model_type, DeepseekVLV2Config, exist_ok=True)
 AutoModelForCausalLM.register(DeepseekVLV2Config, DeepseekVLV2ForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(DeepseekVLV2Config, DeepseekVLV2ForCausalLM, exist_ok=True)
 AutoProcessor.register(DeepseekVLV2Config, DeepseekVLV2Processor, exist_ok=True)
 register_conversion_mapping()
+register_quantization()

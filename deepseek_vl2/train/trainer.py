@@ -139,6 +139,10 @@ def train(config: TrainConfig) -> TrainResult:
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.precision == BF16_WEIGHTS else torch.float32
     _, processor, model = load_pretrained_model(config.model_path, dtype, device="cpu")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{config.model_path} is quantised and cannot be trained: train the original, then quantise it"
+        )
     learned, measured = read_data(config, processor, model)
     arguments.eval_strategy = arguments.eval_strategy if measured else "no"
     router_config = model.language.config

@@ -146,6 +146,7 @@ def load_pretrained_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
     **model_options: Any,
 ) -> LoadedModel:
     """Load a model for inference, with its processor and tokenizer.
@@ -155,6 +156,8 @@ def load_pretrained_model(
         dtype: see `resolve_dtype`; if None, what suits the device, see `hardware.choose_dtype`.
         device: see `resolve_device`. Leave it at `"auto"` when a `device_map` is among the options.
         adapter: folder of an adapter that was trained on this model; it is merged into the weights.
+        quantize: `"int8"` or `"int4"` to hold the weights in fewer bits, None to hold them as the checkpoint does. On
+            the CPU that is `deepseek_vl2.models.WeightOnlyConfig`, on CUDA bitsandbytes, which leaves the experts.
         model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`.
 
     Returns:
@@ -163,11 +166,11 @@ def load_pretrained_model(
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ConnectionError: the hub cannot be reached and the model is not in the cache.
-        ValueError: a device or dtype that does not fit, or a checkpoint or adapter that does not fit the model or
-            tokenizer.
-        ImportError: an adapter is given and peft is not installed.
+        ValueError: a device, dtype or quantisation that does not fit, a checkpoint or adapter that does not fit the
+            model or tokenizer, or weights that do not fit into memory.
+        ImportError: an adapter is given and peft is not installed, or a quantisation needs another package.
     """
-    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor, check_memory, choose_quantization
 
     torch_dtype = None if dtype is None else resolve_dtype(dtype)
     if adapter is not None:
@@ -180,6 +183,16 @@ def load_pretrained_model(
         torch_dtype = _choose_dtype(folder, device)
     config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
     processor.check_vocab(config.language_config.vocab_size)
+    if adapter is not None and (quantize or getattr(config, "quantization_config", None)):
+        raise ValueError(
+            "an adapter cannot be put into quantised weights: merge it first (python -m deepseek_vl2.train.merge), "
+            "then quantise the result"
+        )
+    if quantize is not None:
+        kind = _kind_of_device(model_options["device_map"])
+        model_options["quantization_config"] = choose_quantization(quantize, kind, config)
+    if _is_on_cpu(model_options["device_map"]):
+        check_memory(folder, quantize, torch_dtype)
     try:
         loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
             folder,
@@ -212,6 +225,21 @@ def _choose_dtype(folder: str, device: str | torch.device) -> torch.dtype:
     choice = choose_dtype(resolve_device(device), num_bytes)
     logger.info("weights are loaded as %s: %s", choice.value, choice.reason)
     return choice.value
+
+
+def _is_on_cpu(device_map: Any) -> bool:
+    """Whether the whole model goes into the CPU's memory, and nothing to other devices or to disk."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return {str(place) for place in places} == {"cpu"}
+
+
+def _kind_of_device(device_map: Any) -> str:
+    """Kind of the device that quantised weights go to; several devices are GPUs if there are any."""
+    if _is_on_cpu(device_map):
+        return "cpu"
+    if isinstance(device_map, dict) and len(device_map) == 1:
+        return torch.device(next(iter(device_map.values()))).type
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _checkpoint_folder(name_or_folder: str) -> str:

@@ -42,12 +42,14 @@ class ModelOptions(NamedTuple):
         dtype: type of the weights; None for what suits the device.
         device: where to run.
         max_cache_bytes: memory for the caches of conversations between their turns.
+        quantize: `"int8"`, `"int4"`, or None for the weights as they are.
     """
 
     path: str
     dtype: str | None
     device: str
     max_cache_bytes: int
+    quantize: str | None = None
 
 
 class _Said(NamedTuple):
@@ -75,7 +77,9 @@ def load_answerer(
     set_state(LoadState(LOADING))
     use_chosen_num_threads()
     with _reported(lambda fraction: set_state(LoadState(WEIGHTS, fraction))):
-        loaded = load_pretrained_model(options.path, dtype=options.dtype, device=options.device)
+        loaded = load_pretrained_model(
+            options.path, dtype=options.dtype, device=options.device, quantize=options.quantize
+        )
     return ModelAnswerer(loaded, limits, folder, options.max_cache_bytes)
 
 

@@ -39,6 +39,7 @@ class ServerOptions:
         folder: for pictures with boxes; gradio's own folder, so that it serves them and deletes old ones.
         log_file: where the log goes, beside standard error.
         log_content: whether questions and answers are logged.
+        quantize: `"int8"`, `"int4"`, or None for the weights as they are.
     """
 
     model_path: str
@@ -53,6 +54,7 @@ class ServerOptions:
     folder: Path
     log_file: str | None = None
     log_content: bool = False
+    quantize: str | None = None
 
 
 def build_demo(options: ServerOptions) -> Demo:
@@ -65,7 +67,9 @@ def build_demo(options: ServerOptions) -> Demo:
         from deepseek_vl2.serve.app_modules.answering import ModelOptions, load_answerer
 
         max_cache_bytes = int(options.max_cache_mb * MEGABYTE)
-        model = ModelOptions(options.model_path, options.dtype, options.device, max_cache_bytes)
+        model = ModelOptions(
+            options.model_path, options.dtype, options.device, max_cache_bytes, quantize=options.quantize
+        )
         return load_answerer(model, limits, options.folder, set_state)
 
     return Demo(

@@ -1,0 +1,130 @@
+"""How much memory a checkpoint's weights will take, and how much there is, before any weight is read."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
+from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
+from .quantization.packing import padded_rows
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_NO_LINEARS = ("embed_tokens", "gate")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def checkpoint_bytes(
+    path: str | os.PathLike[str], quantize: str | None = None, dtype: torch.dtype | str = torch.bfloat16
+) -> int:
+    """Memory that the weights of a checkpoint take once they are loaded, from the headers of its files.
+
+    Args:
+        path: Folder of the checkpoint.
+        quantize: `int8`, `int4`, or None to load the weights as they are; a checkpoint that is quantised stays so.
+        dtype: Type of the weights that are not quantised, or `auto` for their own.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors files in the folder.
+        ValueError: If the quantisation is unknown, or a file is broken.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"unknown quantisation {quantize!r}: take {' or '.join(QUANTIZATIONS)}")
+    config = WeightOnlyConfig(QUANTIZATIONS[quantize]) if quantize else None
+    is_tied = _is_tied(Path(path))
+    total = 0
+    for name, shape, kind in _tensors(Path(path)):
+        if config and kind.endswith(("F16", "F32", "F64")) and _is_quantized(name, shape, is_tied):
+            total += _quantized_bytes(shape, config)
+        else:
+            is_cast = dtype != "auto" and "F" in kind and not name.endswith(SCALES)
+            total += math.prod(shape) * (dtype.itemsize if is_cast else _BYTES[kind])  # type: ignore[union-attr]
+    return total
+
+
+def available_memory() -> int:
+    """Bytes that a process can take without swapping; the limit of a container counts too."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used = int((_CGROUP / "memory.current").read_text()) - int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        return available
+    return min(available, max(limit - used, 0))
+
+
+def check_memory(
+    path: str | os.PathLike[str], quantize: str | None = None, dtype: torch.dtype | str = torch.bfloat16
+) -> None:
+    """Refuses a checkpoint whose weights do not fit into memory, before they are read.
+
+    Raises:
+        ValueError: If they do not fit, the message says what would; and see `checkpoint_bytes`.
+        FileNotFoundError: See `checkpoint_bytes`.
+    """
+    needed, available = checkpoint_bytes(path, quantize, dtype), available_memory()
+    if needed <= available:
+        return
+    smaller = {name: checkpoint_bytes(path, name, dtype) for name in QUANTIZATIONS}
+    fitting = [f"{name} ({_gigabytes(size)})" for name, size in smaller.items() if size <= available and size < needed]
+    way_out = f"would fit: {', '.join(fitting)}" if fitting else "no quantisation would fit; take a smaller model"
+    raise ValueError(
+        f"not enough memory for the weights in {os.fspath(path)}: they take {_gigabytes(needed)} as "
+        f"{quantize or str(dtype).removeprefix('torch.')}, {_gigabytes(available)} are available; {way_out}"
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _is_tied(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("language_config", config).get("tie_word_embeddings", False))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and type of each tensor of a checkpoint."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"the checkpoint lacks a file: {file}")
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                    view = tensors.get_slice(name)
+                    yield name, view.get_shape(), view.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {file} are broken or cut off: {error}") from error
+
+
+def _is_quantized(name: str, shape: list[int], is_tied: bool) -> bool:
+    """Whether a tensor of that name is the weight of a layer that is quantised; the counterpart of `replace_layers`."""
+    parts = name.split(".")
+    if parts[-1] in EXPERT_WEIGHTS:
+        return len(shape) == 3
+    is_linear = parts[-1] == "weight" and len(shape) == 2 and parts[-2] not in _NO_LINEARS
+    return is_linear and not is_exact(name) and not (is_tied and parts[-2] == "lm_head")
+
+
+def _quantized_bytes(shape: list[int], config: WeightOnlyConfig) -> int:
+    """Bytes of a quantised weight [..., N, K] with its scales.
+
+    Experts are counted one by one, as they stand in files; fused and filled up together they may take a little less.
+    """
+    *experts, num_rows, num_inputs = shape
+    weight_format = config.choose_format(num_inputs)
+    rows = padded_rows(num_rows, weight_format)
+    if weight_format.group_size is None:
+        return math.prod(experts) * rows * (num_inputs + 2)
+    return math.prod(experts) * rows * (num_inputs // 2 + num_inputs // weight_format.group_size * 4)

@@ -1,0 +1,77 @@
+"""Which quantisation a device and a checkpoint allow."""
+
+import importlib.util
+import logging
+from typing import Any
+
+from transformers import BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config import METHOD, QUANTIZATIONS, WeightOnlyConfig
+from .layers import EXACT_LINEARS
+
+logger = logging.getLogger(__name__)
+
+
+def check_quantization(quantize: str, device_type: str) -> None:
+    """Refuses a quantisation that is unknown, or that a device cannot run.
+
+    Args:
+        quantize: `int8` or `int4`.
+        device_type: `cpu`, `cuda` or another kind of device.
+
+    Raises:
+        ValueError: If the name is unknown, or there is no quantisation for the device.
+        ImportError: If the device needs a package that is not installed.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"unknown quantisation {quantize!r}: take {' or '.join(QUANTIZATIONS)}")
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"quantize {quantize!r} is not possible on {device_type!r}: take the device 'cpu'")
+    if device_type == "cuda" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"quantize {quantize!r} on CUDA needs the package bitsandbytes: pip install bitsandbytes, or take the "
+            "device 'cpu'"
+        )
+
+
+def choose_quantization(quantize: str, device_type: str, checkpoint_config: Any) -> QuantizationConfigMixin | None:
+    """What to pass to `from_pretrained` as `quantization_config`.
+
+    Args:
+        quantize: `int8` or `int4`.
+        device_type: `cpu` for `WeightOnlyConfig`, `cuda` for bitsandbytes.
+        checkpoint_config: Configuration of the model as its folder holds it.
+
+    Returns:
+        The configuration; None if the checkpoint is quantised like that already.
+
+    Raises:
+        ValueError: If the checkpoint is quantised otherwise, and see `check_quantization`.
+        ImportError: See `check_quantization`.
+    """
+    check_quantization(quantize, device_type)
+    present = getattr(checkpoint_config, "quantization_config", None)
+    if present is not None:
+        found = _name(present if isinstance(present, dict) else present.to_dict())
+        if found != quantize:
+            raise ValueError(
+                f"the checkpoint is quantised already ({found}), so it cannot be loaded as {quantize!r}: leave "
+                "quantize out, or take the original checkpoint"
+            )
+        return None
+    if device_type == "cpu":
+        return WeightOnlyConfig(bits=QUANTIZATIONS[quantize])
+    logger.warning(
+        "bitsandbytes quantises linear layers only: the routed experts, most of the weights of these models, stay as "
+        "they are on CUDA"
+    )
+    is_int8 = quantize == "int8"
+    return BitsAndBytesConfig(
+        load_in_8bit=is_int8, load_in_4bit=not is_int8, llm_int8_skip_modules=[*EXACT_LINEARS, "lm_head"]
+    )
+
+
+def _name(config: dict[str, Any]) -> str:
+    method = config.get("quant_method")
+    return f"int{config['bits']}" if method == METHOD else f"method {method}"

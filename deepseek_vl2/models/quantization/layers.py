@@ -1,0 +1,170 @@
+"""Layers that hold quantised weights in place of the model's own."""
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling_deepseek import DeepseekV2Experts
+from . import kernels, packing
+from .config import WeightFormat, WeightOnlyConfig
+
+logger = logging.getLogger(__name__)
+
+# Linear layers that stay exact, by the end or a part of their name; see the package's docstring.
+EXACT_LINEARS = ("kv_b_proj", "attn_pool")
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+SCALES = "_scales"
+
+
+def refuse_training(module: nn.Module, inputs: torch.Tensor) -> None:
+    """Stops before a training that would leave the quantised weights as they are.
+
+    Raises:
+        RuntimeError: If a gradient is asked for.
+    """
+    if module.training and inputs.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("Quantised weights cannot be trained. Train the original model, and quantise the result.")
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with a quantised weight; the bias is exact."""
+
+    weight: torch.Tensor
+    weight_scales: torch.Tensor
+
+    def __init__(self, linear: nn.Linear, weight_format: WeightFormat) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_format = weight_format
+        weight, scales = packing.empty_weight(self.out_features, self.in_features, weight_format)
+        self.register_buffer("weight", weight)
+        self.register_buffer(f"weight{SCALES}", scales)
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs [..., K] -> [..., N]."""
+        refuse_training(self, inputs)
+        output = kernels.linear(inputs, self.weight, self.weight_scales, self.weight_format, self.out_features)
+        return output if self.bias is None else output + self.bias
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape [N, K] of the weight before it is quantised."""
+        return (self.out_features, self.in_features)
+
+    def format_of(self, name: str) -> WeightFormat:
+        """Format of the weight."""
+        return self.weight_format
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
+        return f"{self.in_features}, {self.out_features}, {self.weight_format}"
+
+
+class QuantizedExperts(nn.Module):
+    """The routed experts with quantised weights.
+
+    Tokens are sorted by expert and each expert that was chosen is read once, whether for one token or for hundreds; how
+    its product is computed depends on their number, see `kernels.linear`.
+    """
+
+    gate_up_proj: torch.Tensor
+    gate_up_proj_scales: torch.Tensor
+    down_proj: torch.Tensor
+    down_proj_scales: torch.Tensor
+
+    def __init__(self, experts: DeepseekV2Experts, config: WeightOnlyConfig) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.act_fn = experts.act_fn
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.formats: dict[str, WeightFormat] = {}
+        for name in EXPERT_WEIGHTS:
+            _, num_outputs, num_inputs = shape = tuple(getattr(experts, name).shape)
+            weight_format = config.choose_format(num_inputs)
+            weight, scales = packing.empty_weight(num_outputs, num_inputs, weight_format, (self.num_experts,))
+            self.register_buffer(name, weight)
+            self.register_buffer(name + SCALES, scales)
+            self.shapes[name], self.formats[name] = shape, weight_format
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
+        refuse_training(self, hidden_states)
+        num_tokens, top_k = top_k_index.shape
+        order = top_k_index.flatten().argsort(stable=True)
+        token_of_row = order // top_k
+        rows = hidden_states[token_of_row]  # [N * k, D], sorted by expert
+        outputs = torch.empty_like(rows)
+        weights = top_k_weights.flatten()[order, None]
+        start = 0
+        for expert, count in enumerate(top_k_index.flatten().bincount(minlength=self.num_experts).tolist()):
+            if count:
+                part = slice(start, start + count)
+                outputs[part] = self._run(expert, rows[part]) * weights[part]
+                start += count
+        unsorted = torch.empty_like(outputs)
+        unsorted[order] = outputs
+        return unsorted.view(num_tokens, top_k, -1).sum(dim=1)
+
+    def _run(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = self._product(rows, "gate_up_proj", expert).chunk(2, dim=-1)
+        return self._product(self.act_fn(gate) * up, "down_proj", expert)
+
+    def _product(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        weight, scales = getattr(self, name)[expert], getattr(self, name + SCALES)[expert]
+        return kernels.linear(rows, weight, scales, self.formats[name], self.shapes[name][1])
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape [E, N, K] of a weight before it is quantised."""
+        return self.shapes[name]
+
+    def format_of(self, name: str) -> WeightFormat:
+        """Format of a weight."""
+        return self.formats[name]
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the experts."""
+        return ", ".join(f"{name} {self.shapes[name]} {self.formats[name]}" for name in EXPERT_WEIGHTS)
+
+
+QuantizedModule = QuantizedLinear | QuantizedExperts
+
+
+def replace_layers(model: Any, config: WeightOnlyConfig) -> None:
+    """Puts quantised layers without content into a model on the meta device; says which formats were chosen."""
+    tied = {name.rpartition(".")[0] for names in model.all_tied_weights_keys.items() for name in names}
+    by_format: dict[WeightFormat, list[str]] = defaultdict(list)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DeepseekV2Experts):
+            experts = QuantizedExperts(module, config)
+            model.set_submodule(name, experts)
+            for weight in EXPERT_WEIGHTS:
+                by_format[experts.format_of(weight)].append(f"{name}.{weight}")
+        elif isinstance(module, nn.Linear) and name not in tied and not is_exact(name):
+            weight_format = config.choose_format(module.in_features)
+            model.set_submodule(name, QuantizedLinear(module, weight_format))
+            by_format[weight_format].append(name)
+    for weight_format, names in by_format.items():
+        logger.info("%s: %d weights, such as %s", weight_format, len(names), names[-1])
+    for name in sorted(tied):
+        logger.info("%s stays exact: it shares its weights with the embeddings", name)
+
+
+def is_exact(name: str) -> bool:
+    """Whether a linear layer of that name keeps its weights."""
+    return any(part in name.split(".") for part in EXACT_LINEARS)
+
+
+def int4_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The packed int4 weights of a model by name."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            for weight in EXPERT_WEIGHTS if isinstance(module, QuantizedExperts) else ("weight",):
+                if module.format_of(weight).bits == 4:
+                    weights[f"{name}.{weight}"] = getattr(module, weight)
+    return weights

@@ -1,0 +1,143 @@
+"""Weights to integers and back, in plain torch.
+
+int8: weight int8 [N, K], scales bfloat16 [N]; value = weight * scale.
+
+int4: weight uint8 [N', K / 2], scales bfloat16 [K / g, N', 2], N' being N filled up to a multiple of 64;
+value = (nibble - 8) * scale + offset. The bytes are [N' / 64, K, 32]: for each 64 outputs and each input 32 bytes,
+byte t holding output t in its low half and output 32 + t in its high half. torch's kernel for AVX-512 reads them as
+they are, so a checkpoint of this layout is used straight from its file. The kernel for AVX2 takes 32 outputs at once,
+see `with_block_rows`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .config import WeightFormat
+
+BLOCK_ROWS = 64
+# Weights worked on at once: 4 MB in bfloat16, so that the steps on a block find it in the processor's cache.
+BLOCK_WEIGHTS = 2**21
+INT8_MAX = 127
+INT4_MAX = 15
+INT4_CENTER = 8
+
+
+def padded_rows(num_rows: int, weight_format: WeightFormat) -> int:
+    """N' of a weight [N, K]."""
+    return num_rows if weight_format.bits == 8 else -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def empty_weight(
+    num_rows: int, num_inputs: int, weight_format: WeightFormat, leading: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for a quantised weight and its scales, with leading dimensions such as E in front."""
+    rows = padded_rows(num_rows, weight_format)
+    if weight_format.group_size is None:
+        return (
+            torch.empty(*leading, rows, num_inputs, dtype=torch.int8),
+            torch.empty(*leading, rows, dtype=torch.bfloat16),
+        )
+    return (
+        torch.empty(*leading, rows, num_inputs // 2, dtype=torch.uint8),
+        torch.empty(*leading, num_inputs // weight_format.group_size, rows, 2, dtype=torch.bfloat16),
+    )
+
+
+def row_blocks(num_rows: int, num_inputs: int) -> range:
+    """First rows of blocks of `BLOCK_WEIGHTS`; the step is a multiple of `BLOCK_ROWS`."""
+    return range(0, num_rows, max(BLOCK_WEIGHTS // num_inputs // BLOCK_ROWS, 1) * BLOCK_ROWS)
+
+
+@torch.no_grad()
+def quantize_into(
+    values: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, weight_format: WeightFormat
+) -> None:
+    """Quantises values [N, K], block by block, into memory that `empty_weight` gave.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    blocks = row_blocks(*values.shape)
+    for start in blocks:
+        block = values[start : start + blocks.step].float()
+        if not block.isfinite().all():
+            raise ValueError("A weight is not finite (NaN or infinite); the checkpoint is broken.")
+        if weight_format.group_size is None:
+            stop = start + block.shape[0]
+            weight[start:stop], scales[start:stop] = _to_int8(block)
+        else:
+            block = F.pad(block, (0, 0, 0, -block.shape[0] % BLOCK_ROWS))
+            stop = start + block.shape[0]
+            weight[start:stop], scales[:, start:stop] = _to_int4(block, weight_format.group_size)
+
+
+def _to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    smallest = torch.finfo(torch.bfloat16).tiny
+    scales = (values.abs().amax(dim=1) / INT8_MAX).clamp_(min=smallest).bfloat16()
+    # Divided by the rounded scale, so that its rounding costs nothing.
+    levels = (values / scales.float()[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return levels.to(torch.int8), scales
+
+
+def _to_int4(values: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = values.unflatten(1, (-1, group_size))  # [N', K / g, g]
+    lowest, highest = groups.aminmax(dim=2)
+    smallest = torch.finfo(torch.bfloat16).tiny
+    scales = ((highest - lowest) / INT4_MAX).clamp_(min=smallest).bfloat16()
+    offsets = (lowest + INT4_CENTER * scales.float()).bfloat16()
+    levels = (groups - offsets.float()[..., None]).div_(scales.float()[..., None]).round_().add_(INT4_CENTER)
+    levels = levels.clamp_(0, INT4_MAX).to(torch.uint8).flatten(1)
+    return pack_nibbles(levels), torch.stack((scales, offsets), dim=2).transpose(0, 1)
+
+
+def pack_nibbles(levels: torch.Tensor, block_rows: int = BLOCK_ROWS) -> torch.Tensor:
+    """Levels 0..15 [N', K] -> bytes [N', K / 2]."""
+    low, high = levels.unflatten(0, (-1, block_rows)).transpose(1, 2).chunk(2, dim=2)  # each [blocks, K, rows / 2]
+    return (low | (high << 4)).reshape(levels.shape[0], -1)
+
+
+def unpack_nibbles(weight: torch.Tensor, block_rows: int = BLOCK_ROWS) -> torch.Tensor:
+    """Bytes [N', K / 2] -> levels 0..15 [N', K]."""
+    num_rows, half_width = weight.shape
+    packed = weight.view(-1, 2 * half_width, block_rows // 2)  # [blocks, K, rows / 2]
+    return torch.cat((packed & INT4_MAX, packed >> 4), dim=2).transpose(1, 2).reshape(num_rows, -1)
+
+
+def with_block_rows(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """Packs int4 weights [..., N', K / 2] anew, with another number of outputs side by side."""
+    matrices = weight.flatten(0, -3) if weight.dim() > 2 else weight[None]
+    repacked = torch.empty_like(matrices)
+    for source, target in zip(matrices, repacked, strict=True):
+        target.copy_(pack_nibbles(unpack_nibbles(source, old), new))
+    return repacked.view_as(weight)
+
+
+def dequantize_int4_transposed(
+    weight: torch.Tensor, scales: torch.Tensor, group_size: int, dtype: torch.dtype, block_rows: int = BLOCK_ROWS
+) -> torch.Tensor:
+    """int4 weights [N', K / 2] of whole blocks -> values [K, N']; transposed, because so they lie in the bytes."""
+    num_rows, half_width = weight.shape
+    packed = weight.view(-1, 2 * half_width, block_rows // 2).transpose(0, 1)  # [K, blocks, rows / 2]
+    values = torch.empty(2 * half_width, num_rows, dtype=dtype, device=weight.device)
+    low, high = values.view(2 * half_width, -1, block_rows).chunk(2, dim=2)
+    # The centre is taken off before the conversion: in bytes that costs less.
+    low.copy_((packed & INT4_MAX).view(torch.int8).sub_(INT4_CENTER))
+    high.copy_((packed >> 4).view(torch.int8).sub_(INT4_CENTER))
+    groups = values.view(-1, group_size, num_rows)
+    step, offset = scales.to(dtype)[:, None].unbind(-1)  # each [K / g, 1, N']
+    torch.addcmul(offset, groups, step, out=groups)
+    return values
+
+
+def dequantize(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    weight_format: WeightFormat,
+    num_rows: int,
+    dtype: torch.dtype = torch.float32,
+    block_rows: int = BLOCK_ROWS,
+) -> torch.Tensor:
+    """A whole quantised weight -> values [N, K]."""
+    if weight_format.group_size is None:
+        return weight.to(dtype) * scales.to(dtype)[:, None]
+    return dequantize_int4_transposed(weight, scales, weight_format.group_size, dtype, block_rows).t()[:num_rows]

@@ -1,0 +1,217 @@
+"""The part that transformers calls: replaces layers, quantises each weight as it is read, loads and saves."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ..conversion_mapping import FuseExperts, experts_of_layer
+from ..mapped_files import MappedFiles
+from . import kernels, packing
+from .config import METHOD, WeightOnlyConfig
+from .layers import EXPERT_WEIGHTS, SCALES, QuantizedExperts, QuantizedModule, int4_weights, replace_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class QuantizeWeights(ConversionOps):
+    """Quantises what was read for one parameter, and gives the memory of the file back."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Quantises one weight [N, K], or the experts of one layer, one after the other.
+
+        Args:
+            input_dict: The weight by its name; or by kind of weight the tensors of all experts.
+            source_patterns: The kinds of weights.
+            target_patterns: Name of the fused experts without the layer's, as transformers expects it.
+            full_layer_name: Name of the parameter in the model.
+            model: Holds the layer, still without content.
+
+        Raises:
+            ValueError: If a shape is not the layer's, experts are missing, or a value is not finite.
+        """
+        if any(name.endswith(SCALES) for name in input_dict):
+            return input_dict  # transformers asks again after experts, which are quantised at once
+        module, name = get_module_from_name(model, full_layer_name)
+        values = next(iter(input_dict.values()))
+        if len(source_patterns) > 1 or "*" in source_patterns[0]:
+            matrices = experts_of_layer(input_dict, source_patterns)
+            target_name = target_patterns[0]
+        else:
+            tensor = values[0] if isinstance(values, list) else values
+            matrices = [(matrix,) for matrix in (tensor if tensor.dim() == 3 else tensor[None])]
+            target_name = full_layer_name
+        weight, scales = _quantize(matrices, module, name)
+        return {target_name: weight, target_name + SCALES: scales}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never used: quantised weights are saved as they are."""
+        raise NotImplementedError("Quantised weights cannot be turned back into the original ones.")
+
+
+def _quantize(
+    matrices: list[tuple[torch.Tensor, ...]], module: QuantizedModule, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantises the parts of each expert, or of the one weight of a linear layer."""
+    *experts, num_rows, num_inputs = shape = module.shape_of(name)
+    found = (*([len(matrices)] if experts else []), sum(part.shape[0] for part in matrices[0]), matrices[0][0].shape[1])
+    if found != tuple(shape):
+        raise ValueError(f"the shape is {list(found)}, the model's configuration says {list(shape)}")
+    weight_format = module.format_of(name)
+    weight, scales = packing.empty_weight(num_rows, num_inputs, weight_format, tuple(experts))
+    targets = zip(weight, scales, strict=True) if experts else [(weight, scales)]
+    files = MappedFiles()
+    for parts, (target, target_scales) in zip(matrices, targets, strict=True):
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        packing.quantize_into(values, target, target_scales, weight_format)
+        files.release_pages(parts)
+    return weight, scales
+
+
+class WeightOnlyQuantizer(HfQuantizer):
+    """Loads models with the weights that `WeightOnlyConfig` describes."""
+
+    quantization_config: WeightOnlyConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses other devices than the CPU.
+
+        Raises:
+            ValueError: If a part of the model would be elsewhere.
+        """
+        places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+        others = {str(place) for place in places if str(place) != "cpu"}
+        if others:
+            raise ValueError(
+                f"{self.quantization_config.name} weights of WeightOnlyConfig work on the CPU only, not on "
+                f"{', '.join(sorted(others))}. Load with device_map='cpu'; for CUDA there is BitsAndBytesConfig."
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuses float16, in which products of integers overflow.
+
+        Raises:
+            ValueError: For float16.
+        """
+        if dtype == torch.float16:
+            raise ValueError("Quantised weights do not work in float16. Choose bfloat16 (fastest) or float32.")
+        return dtype
+
+    def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter of the checkpoint is one that this class quantises."""
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, QuantizedExperts):
+            return name in EXPERT_WEIGHTS
+        return isinstance(module, QuantizedModule) and name == "weight"
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The step after a parameter is read."""
+        return QuantizeWeights()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Quantises experts one by one in place of fusing them; in quantised checkpoints they are fused already."""
+        updated = []
+        for conversion in weight_conversions:
+            operations = getattr(conversion, "operations", [])
+            if not any(isinstance(operation, FuseExperts) for operation in operations):
+                updated.append(conversion)
+            elif not self.pre_quantized:
+                conversion.operations = [QuantizeWeights()]
+                updated.append(conversion)
+        return updated
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        replace_layers(model, self.quantization_config)
+        if self.pre_quantized and checkpoint_files:
+            check_is_complete(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        # Else saving would take the experts apart.
+        model._weight_conversions = []
+        _align_int8_weights(model)
+        block_rows = kernels.machine_block_rows()
+        if block_rows != packing.BLOCK_ROWS:
+            for weight in int4_weights(model).values():
+                weight.copy_(packing.with_block_rows(weight, packing.BLOCK_ROWS, block_rows))
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What is saved: int4 weights in the layout of checkpoints, on every machine."""
+        state_dict = model.state_dict()
+        block_rows = kernels.machine_block_rows()
+        if block_rows != packing.BLOCK_ROWS:
+            for name, weight in int4_weights(model).items():
+                state_dict[name] = packing.with_block_rows(weight, block_rows, packing.BLOCK_ROWS)
+        return state_dict, {}
+
+    def is_serializable(self) -> bool:
+        """Quantised models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Quantised models cannot be trained."""
+        return False
+
+
+def _align_int8_weights(model: nn.Module) -> None:
+    """Copies int8 weights that are views of a file to addresses that torch's kernel takes."""
+    files = MappedFiles()
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype == torch.int8 and buffer.data_ptr() % kernels.INT8_WEIGHT_ALIGNMENT:
+                    setattr(module, name, buffer.clone())
+                    files.release_pages([buffer])
+
+
+def check_is_complete(model: nn.Module, checkpoint_files: list[str]) -> None:
+    """Refuses a quantised checkpoint of which a part is missing, by the headers of its files.
+
+    Raises:
+        ValueError: If a file is broken or cut off, or a weight is missing or of another shape or type.
+    """
+    found: dict[str, tuple[list[int], str]] = {}
+    for file in checkpoint_files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                    view = tensors.get_slice(key)
+                    found[key] = (view.get_shape(), view.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"The quantised checkpoint is broken or half written: {file}: {error}") from error
+    types = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16"}
+    wrong = [
+        name
+        for module_name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for name, buffer in module.named_buffers(prefix=module_name, recurse=False)
+        if found.get(name) != (list(buffer.shape), types[buffer.dtype])
+    ]
+    if wrong:
+        raise ValueError(
+            f"The quantised checkpoint is half written, or not of this configuration: {len(wrong)} quantised weights "
+            f"are missing or of another shape, such as {wrong[0]}. Quantise and save the original again."
+        )
+
+
+def register_quantization() -> None:
+    """Tells transformers of the method, so that `from_pretrained` takes its configuration and loads its checkpoints."""
+    register_quantization_config(METHOD)(WeightOnlyConfig)
+    register_quantizer(METHOD)(WeightOnlyQuantizer)
