@@ -1,4 +1,4 @@
-"""How much memory a checkpoint's weights will take, and how much there is, before any weight is read."""
+"""How much memory a checkpoint's weights will take, and whether there is as much, before any weight is read."""
 
 import json
 import math
@@ -6,17 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .machine_limits import available_bytes
 from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
 from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
 from .quantization.packing import padded_rows
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NO_LINEARS = ("embed_tokens", "gate")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def checkpoint_bytes(
@@ -47,18 +46,6 @@ def checkpoint_bytes(
     return total
 
 
-def available_memory() -> int:
-    """Bytes that a process can take without swapping; the limit of a container counts too."""
-    available = psutil.virtual_memory().available
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used = int((_CGROUP / "memory.current").read_text()) - int(statistics["inactive_file"])
-    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
-        return available
-    return min(available, max(limit - used, 0))
-
-
 def check_memory(
     path: str | os.PathLike[str], quantize: str | None = None, dtype: torch.dtype | str = torch.bfloat16
 ) -> None:
@@ -68,7 +55,7 @@ def check_memory(
         ValueError: If they do not fit, the message says what would; and see `checkpoint_bytes`.
         FileNotFoundError: See `checkpoint_bytes`.
     """
-    needed, available = checkpoint_bytes(path, quantize, dtype), available_memory()
+    needed, available = checkpoint_bytes(path, quantize, dtype), available_bytes()
     if needed <= available:
         return
     smaller = {name: checkpoint_bytes(path, name, dtype) for name in QUANTIZATIONS}

@@ -3,13 +3,14 @@
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import psutil
 import torch
+
+from deepseek_vl2.models.machine_limits import available_bytes, cpu_quota, read_text
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ def num_physical_cores(root: Path = Path("/")) -> int:
     siblings = set()
     for cpu in cpus:
         file = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        text = _read(file)
+        text = read_text(file)
         if text is None:
             return min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
         siblings.add(text)
@@ -145,68 +146,11 @@ def cpu_bfloat16_support(root: Path = Path("/")) -> str:
 
 def cpu_flags(root: Path = Path("/")) -> set[str]:
     """Instruction sets that Linux names for the first core; empty elsewhere."""
-    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return set(value.split())
     return set()
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process can still take: what is free on the machine, and left of the container's."""
-    free = psutil.virtual_memory().available
-    for folder in _cgroup_folders("memory", root):
-        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
-        used = _number(folder, "memory.current", "memory.usage_in_bytes")
-        if limit is not None and used is not None:
-            free = min(free, max(0, int(limit - used + _reclaimable(folder))))
-    return free
-
-
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that a container may use; None if there is no limit."""
-    quotas = []
-    for folder in _cgroup_folders("cpu", root):
-        both = (_read(folder / "cpu.max") or "").split()
-        if not both:
-            both = [_read(folder / name) or "" for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
-        if all(value.isdigit() for value in both) and float(both[1]) > 0:
-            quotas.append(float(both[0]) / float(both[1]))
-    return min(quotas, default=None)
-
-
-def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the control groups that limit this process, its own first; version 2 and 1 of Linux' interface."""
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        base = root / "sys/fs/cgroup" / (controllers and controller)
-        own = base / path.lstrip("/")
-        # Seen from inside a container, the outer part of the path may be missing.
-        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(base) and folder.is_dir())
-
-
-def _number(folder: Path, *names: str) -> float | None:
-    """The number in the first of some files that is there and holds one."""
-    texts = (_read(folder / name) for name in names)
-    return next((float(text) for text in texts if text is not None and text.isdigit()), None)
-
-
-def _reclaimable(folder: Path) -> int:
-    """Bytes of files in memory that count as used but are given up when others need the memory."""
-    for line in (_read(folder / "memory.stat") or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
-
-
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
 
 
 def _sysctl(name: str) -> str:
