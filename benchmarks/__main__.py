@@ -44,8 +44,8 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "prefill_memory": measurements.measure_prefill_memory,
 }
 ALL_PARTS = (LOAD, *PARTS)
-# prefill_memory takes much memory and time, and turns needs `serve.chat_session`: they run when they are asked for.
-DEFAULT_PARTS = tuple(part for part in ALL_PARTS if part not in ("prefill_memory", "turns"))
+# It takes much memory and time, so it runs when it is asked for.
+DEFAULT_PARTS = tuple(part for part in ALL_PARTS if part != "prefill_memory")
 CHECKPOINTS = Path("runs/benchmarks")
 MORE_MEMORY = "--quantize int8, --layers 4, or fewer --parts"
 

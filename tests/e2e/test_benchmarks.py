@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_every_part_gives_its_figures_and_the_last_line_is_json(checkpoint, capsys, tmp_path):
-    left_out = {"turns"} | ({"prefill_memory"} if sys.platform != "linux" else set())
+    left_out = {"prefill_memory"} if sys.platform != "linux" else set()
     parts = [part for part in script.ALL_PARTS if part not in left_out]
     arguments = ["--model_path", checkpoint, "--parts", ",".join(parts), "--dtype", "bfloat16", "--profile"]
     assert script.main([*arguments, "--plots", str(tmp_path), *QUICK]) == 0
