@@ -3,6 +3,7 @@
 python inference.py                                        the bundled example, with the bundled model
 python inference.py --image a.jpg --prompt "<|ref|>the red circle<|/ref|>."
 python inference.py --model_path deepseek-ai/deepseek-vl2-tiny --image a.jpg b.jpg --prompt "What differs?"
+torchrun --nproc-per-node 2 inference.py --tp --model_path deepseek-ai/deepseek-vl2-small    # one model on two devices
 
 The answer goes to standard output, everything else to standard error. Exit codes: 0; 2 after an error that the user can
 mend; 130 when interrupted.
@@ -28,6 +29,13 @@ from deepseek_vl2.serve.questions import place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
+from deepseek_vl2.utils.processes import (
+    common_seed,
+    is_first_process,
+    is_first_to_fail,
+    only_first_process_speaks,
+    sharing_options,
+)
 
 EXAMPLE_IMAGE = Path(__file__).parent / "images" / "visual_grounding_1.jpeg"
 EXAMPLE_PROMPT = f"{REF_START}the red star{REF_END}."
@@ -69,6 +77,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions; default: 1")
     parser.add_argument("--seed", type=int, default=None, help="for repeatable sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
+    parser.add_argument(
+        "--tp", action="store_true", help="share the model among the processes that torchrun starts, one a device"
+    )
+    parser.add_argument("--ep", action="store_true", help="as --tp, each process with some of the experts whole")
     parser.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
     parser.add_argument("--output", type=Path, default=Path("vg.jpg"), help="picture with boxes; default: vg.jpg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -86,6 +98,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
         raise ValueError(f"--seed {arguments.seed} must be 0 to {MAX_SEED}")
     resolve_device(arguments.device)
+    sharing_options(arguments.tp or arguments.ep)
     check_output(arguments.output, arguments.image or [])
 
 
@@ -130,7 +143,7 @@ def build_conversation(prompt: str | None, images: list[str] | None) -> list[dic
 
 def save_boxes(grounding: GroundingResult, picture: Image.Image | None, path: Path) -> Path | None:
     """Draws the boxes on a picture; returns where it was saved, None without boxes or picture."""
-    if not grounding.boxes or picture is None:
+    if not grounding.boxes or picture is None or not is_first_process():
         return None
     draw_boxes(picture, grounding.boxes).save(path, quality=95)
     return path
@@ -162,10 +175,15 @@ def answer(arguments: argparse.Namespace) -> None:
     conversation = build_conversation(arguments.prompt, arguments.image)
     picture = (conversation[0]["images"] or [None])[-1]
     tokenizer, model, processor = load_model(
-        arguments.model_path, arguments.dtype, device=arguments.device, adapter=arguments.adapter
+        arguments.model_path,
+        arguments.dtype,
+        device=arguments.device,
+        adapter=arguments.adapter,
+        **sharing_options(arguments.tp or arguments.ep, arguments.ep),
     )
-    if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)
+    seed = common_seed(arguments.seed, model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
     start = time.perf_counter()
     stream = deepseek_generate(
         conversation,
@@ -216,7 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     options = parse_arguments(arguments)
     try:
-        answer(options)
+        with only_first_process_speaks():
+            answer(options)
     except KeyboardInterrupt:
         print("\ninference.py: interrupted", file=sys.stderr)
         return 130
@@ -224,7 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"inference.py: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
+        if is_first_to_fail():
+            print(f"inference.py: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr, flush=True)
         return 2
     return 0
 

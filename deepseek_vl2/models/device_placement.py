@@ -11,7 +11,8 @@ def place_view_embeddings(device_map: dict[str, Any], parts: Iterable[str]) -> N
     """Puts the two embeddings that are parameters of the whole model beside the token embeddings, in place.
 
     Weights on the disk are read whenever their layer runs. The whole model is no layer that always runs, as pictures
-    may be embedded by themselves; so these two vectors stay in memory even if the token embeddings do not.
+    may be embedded by themselves; so these two vectors stay in memory even if the token embeddings do not. Accelerate
+    may move them on to its main device, the first accelerator; image tokens follow them there.
 
     Args:
         device_map: Names of modules and parameters (`""` for the rest) and their devices.

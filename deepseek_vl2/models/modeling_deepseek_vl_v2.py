@@ -253,9 +253,9 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
 
     def _arrange_views(self, tokens: torch.Tensor, grid: TileGrid) -> torch.Tensor:
         is_global_first = self.config.global_view_pos == "head"
-        # With several devices they lie beside the token embeddings, which need not be where the projector is.
-        newline, separator = (x.to(tokens.device) for x in (self.image_newline, self.view_seperator))
-        return arrange_views(tokens, grid, newline, separator, is_global_first)
+        # With several devices these two need not be where the projector is.
+        tokens = tokens.to(self.image_newline.device)
+        return arrange_views(tokens, grid, self.image_newline, self.view_seperator, is_global_first)
 
     def prepare_inputs_embeds(
         self,

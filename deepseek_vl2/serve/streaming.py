@@ -199,6 +199,8 @@ class _Speaker:
     @torch.inference_mode()
     def _speak(self) -> None:
         _answering.stop = self.stop.is_requested
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)  # a new thread begins on the first device
         try:
             self._answer()
         except _StoppedError:
