@@ -16,8 +16,8 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
-from .generation import PrefilledGenerationMixin, check_chunk_size, check_prompt_length
 from .device_placement import place_view_embeddings
+from .generation import PrefilledGenerationMixin, check_chunk_size, check_prompt_length
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .parallel import CheckedSharesMixin
 from .projector import MlpProjector

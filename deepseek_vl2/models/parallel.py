@@ -1,7 +1,7 @@
-"""How the language model is divided among processes, in the terms of transformers' plans of tensor and expert parallelism.
+"""How the language model is divided among processes, by transformers' plans of tensor and expert parallelism.
 
 Tensor parallelism gives each process some heads of every layer and a part of the width of every feed-forward layer;
-expert parallelism gives it some experts whole. Vision tower, projector, norms and routers are the same in all processes.
+expert parallelism gives it some experts whole. Vision tower, projector, norms and routers are whole in every process.
 """
 
 from typing import Any

@@ -58,7 +58,7 @@ def test_inference_script_speaks_once_and_draws_once(repository, tmp_path):
     assert "Error" not in done.stderr
     answer, saved = done.stdout.splitlines()
     assert saved == "The picture with 1 box is saved as vg.jpg."
-    assert os.listdir(tmp_path) == ["vg.jpg"]
+    assert [path.name for path in tmp_path.iterdir()] == ["vg.jpg"]
     tokenizer, model, processor = load_model("nano", torch.float32, device="cpu")
     conversation = [
         {"role": "<|User|>", "content": f"<image>\n{QUESTION}", "images": [str(picture)]},

@@ -1,4 +1,4 @@
-"""Models on several devices: which map of devices is made, and what is on the CPU and the disk gives recorded tokens."""
+"""Several devices: which map of them is made, and what is on the CPU and the disk gives the same tokens."""
 
 import accelerate
 import pytest

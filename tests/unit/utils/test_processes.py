@@ -38,7 +38,7 @@ def test_two_processes_share_one_model(second_of_two, has_whole_experts, ep_size
 
 
 def test_two_processes_do_not_load_two_models(second_of_two):
-    with pytest.raises(ValueError, match="torchrun started 2 processes.*--tp"):
+    with pytest.raises(ValueError, match=r"torchrun started 2 processes.*--tp"):
         sharing_options(False)
 
 
