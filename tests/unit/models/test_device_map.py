@@ -110,17 +110,11 @@ def test_weights_on_cpu_and_disk_give_the_same_tokens(saved, tmp_path, device_ma
     assert loaded.generate(inputs_embeds=embeds, past_key_values=cache, **inputs, **GREEDY).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "parts_on_meta",
-    [
-        ("projector", "language"),
-        ("language",),
-        tuple(f"language.{name}" for name in ("model.layers.1", "model.layers.2", "model.norm", "lm_head")),
-    ],
-)
-def test_tensors_follow_from_device_to_device(parts_on_meta):
-    # The meta device stands for a second one: an operation on tensors of both fails as on two GPUs. There is no way
-    # back from it, so it gets the last parts.
+def dispatched(parts_on_meta):
+    """A model with some parts on the meta device, which stands for a second GPU.
+
+    An operation on tensors of both fails as on two GPUs. There is no way back from it, so it gets the last parts.
+    """
     # Its layers are dense, as routers ask for autocast, which the meta device has none of.
     model = DeepseekVLV2ForCausalLM(vl_config({"first_k_dense_replace": 3})).eval()
     names = [*PARTS[:4], "language.model.embed_tokens", *(f"language.model.layers.{index}" for index in range(3))]
@@ -130,12 +124,23 @@ def test_tensors_follow_from_device_to_device(parts_on_meta):
     accelerate.dispatch_model(model, device_map, main_device="cpu", skip_keys=model._skip_keys_device_placement)
     for name in PARTS[:2]:  # accelerate puts parameters of the whole model on its main device
         set_module_tensor_to_device(model, name, device_map[name])
-    assert model.language.model.layers[1].self_attn.o_proj.weight.is_meta
+    return model
+
+
+@pytest.mark.parametrize("parts_on_meta", [("projector", "language"), ("language",)])
+def test_image_tokens_follow_to_the_device_of_the_token_embeddings(parts_on_meta):
+    model = dispatched(parts_on_meta)
     assert not model.vision.pos_embed.is_meta
-    inputs = prompt()
     with torch.no_grad():
-        embeds, cache = model.incremental_prefilling(**inputs, chunk_size=7)
-    assert embeds.shape == (*inputs["input_ids"].shape, 48)
-    assert embeds.is_meta == model.image_newline.is_meta == ("language" in parts_on_meta)
-    assert cache.layers[1].keys.is_meta
-    assert cache.layers[0].keys.is_meta == ("language" in parts_on_meta)
+        embeds = model.prepare_inputs_embeds(**prompt())
+    assert embeds.is_meta
+    assert embeds.shape == (1, 38, 48)
+
+
+def test_prompts_follow_from_layer_to_layer_and_leave_their_cache_there():
+    last_parts = [f"language.{name}" for name in ("model.layers.1", "model.layers.2", "model.norm", "lm_head")]
+    model = dispatched(tuple(last_parts))
+    with torch.no_grad():
+        embeds, cache = model.incremental_prefilling(**prompt(), chunk_size=7)
+    assert not embeds.is_meta
+    assert [layer.keys.is_meta for layer in cache.layers] == [False, True, True]
