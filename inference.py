@@ -3,6 +3,7 @@
 python inference.py                                        the bundled example, with the bundled model
 python inference.py --image a.jpg --prompt "<|ref|>the red circle<|/ref|>."
 python inference.py --model_path deepseek-ai/deepseek-vl2-tiny --image a.jpg b.jpg --prompt "What differs?"
+torchrun --nproc-per-node 2 inference.py --tp --model_path deepseek-ai/deepseek-vl2-small    # one model on two devices
 
 The answer goes to standard output, everything else to standard error. Exit codes: 0; 2 after an error that the user can
 mend; 130 when interrupted.
@@ -30,6 +31,13 @@ from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
+from deepseek_vl2.utils.processes import (
+    common_seed,
+    is_first_process,
+    is_first_to_fail,
+    only_first_process_speaks,
+    sharing_options,
+)
 
 EXAMPLE_IMAGE = Path(__file__).parent / "images" / "visual_grounding_1.jpeg"
 EXAMPLE_PROMPT = f"{REF_START}the red star{REF_END}."
@@ -74,6 +82,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory, faster on a CPU"
     )
+    parser.add_argument(
+        "--tp", action="store_true", help="share the model among the processes that torchrun starts, one a device"
+    )
+    parser.add_argument("--ep", action="store_true", help="as --tp, each process with some of the experts whole")
     parser.add_argument("--output", type=Path, default=Path("vg.jpg"), help="picture with boxes; default: vg.jpg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return parser.parse_args(arguments)
@@ -92,6 +104,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     device = resolve_device(arguments.device)
     if arguments.quantize is not None:
         check_quantization(arguments.quantize, device.type)
+        if arguments.tp or arguments.ep:
+            raise ValueError(f"--quantize {arguments.quantize} does not go with --tp or --ep: leave one of them out")
+    sharing_options(arguments.tp or arguments.ep)
     check_output(arguments.output, arguments.image or [])
 
 
@@ -136,7 +151,7 @@ def build_conversation(prompt: str | None, images: list[str] | None) -> list[dic
 
 def save_boxes(grounding: GroundingResult, picture: Image.Image | None, path: Path) -> Path | None:
     """Draws the boxes on a picture; returns where it was saved, None without boxes or picture."""
-    if not grounding.boxes or picture is None:
+    if not grounding.boxes or picture is None or not is_first_process():
         return None
     draw_boxes(picture, grounding.boxes).save(path, quality=95)
     return path
@@ -174,9 +189,11 @@ def answer(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         adapter=arguments.adapter,
         quantize=arguments.quantize,
+        **sharing_options(arguments.tp or arguments.ep, arguments.ep),
     )
-    if arguments.seed is not None:
-        torch.manual_seed(arguments.seed)
+    seed = common_seed(arguments.seed, model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
     start = time.perf_counter()
     stream = deepseek_generate(
         conversation,
@@ -227,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     options = parse_arguments(arguments)
     try:
-        answer(options)
+        with only_first_process_speaks():
+            answer(options)
     except KeyboardInterrupt:
         print("\ninference.py: interrupted", file=sys.stderr)
         return 130
@@ -235,7 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"inference.py: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
+        if is_first_to_fail():
+            print(f"inference.py: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr, flush=True)
         return 2
     return 0
 

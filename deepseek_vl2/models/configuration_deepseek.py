@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .parallel import EXPERT_PARALLEL_PLAN, tensor_parallel_plan
+
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
@@ -116,6 +118,16 @@ class DeepseekV2Config(PreTrainedConfig):
     def head_dim(self) -> int:
         """Numbers a head that are rotated by position: a part of the head in MLA, the whole head otherwise."""
         return self.qk_rope_head_dim if self.use_mla else self.hidden_size // self.num_attention_heads
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # transformers reads it of the instance
+        """How tensor parallelism divides the layers that this configuration has."""
+        return tensor_parallel_plan(self)
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How expert parallelism divides the experts, if there are any."""
+        return dict(EXPERT_PARALLEL_PLAN) if self.n_routed_experts is not None else {}
 
     @property
     def is_grouped_routing(self) -> bool:

@@ -30,6 +30,7 @@ from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
+from .parallel import CheckedSharesMixin, local_tensor
 
 # Those of transformers whose frequencies do not depend on the length of the prompt.
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -208,6 +209,8 @@ class DeepseekV2Experts(nn.Module):
         """
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # it is with another process, see `parallel`
+                continue
             token, slot = torch.where(top_k_index == expert)
             gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
@@ -365,6 +368,8 @@ class DeepseekV2Attention(nn.Module):
     The cache holds one latent [B, 1, K, R] and one rotated key [B, 1, K, P] for all heads. Many new tokens at once
     expand it to keys and values of every head; a few new tokens leave it as it is and move the up-projection to the
     query and the output instead ("absorbed"), so a decoding step never expands the cache.
+
+    With tensor parallelism H is the number of heads of this process, and the cache is the same in all of them.
     """
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
@@ -372,14 +377,13 @@ class DeepseekV2Attention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = True
-        self.num_heads = config.num_attention_heads
         self.num_key_value_groups = 1
         self.kv_lora_rank: int = config.kv_lora_rank  # type: ignore[assignment]
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_head_dim = config.qk_head_dim
         self.v_head_dim = config.v_head_dim
-        query_width = self.num_heads * self.qk_head_dim
+        query_width = config.num_attention_heads * self.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
         else:
@@ -391,10 +395,10 @@ class DeepseekV2Attention(nn.Module):
         )
         # Its eps is 1e-6 whatever rms_norm_eps says.
         self.kv_a_layernorm = DeepseekV2RMSNorm(self.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(
-            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
-        )
-        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=config.attention_bias)
+        expanded_width = config.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, expanded_width, bias=False)
+        value_width = config.num_attention_heads * self.v_head_dim
+        self.o_proj = nn.Linear(value_width, config.hidden_size, bias=config.attention_bias)
         self.scaling = self.qk_head_dim**-0.5 * yarn_score_scaling(config.rope_parameters)
 
     def forward(
@@ -405,7 +409,7 @@ class DeepseekV2Attention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self._project_query(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query = self._project_query(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]
         latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
@@ -432,6 +436,8 @@ class DeepseekV2Attention(nn.Module):
         """Compares multiplications for each cached token: longer dot products of T queries against one expansion."""
         if num_new == num_total or self.training:
             return False
+        if self.kv_b_proj.weight.is_meta:  # offloaded: its weight is only there while the layer itself is called
+            return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim
         return num_new * (2 * self.kv_lora_rank - expanded_width) < self.kv_lora_rank * expanded_width
 
@@ -443,9 +449,10 @@ class DeepseekV2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        head_width = self.qk_nope_head_dim + self.v_head_dim
+        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, head_width)).transpose(1, 2)
         key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, H, K, ...]
-        key = torch.cat((key_nope, key_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         # The fast kernels ask for values as wide as keys; a negative filling would cut wider ones.
         value = F.pad(value, (0, max(self.qk_head_dim - self.v_head_dim, 0)))
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
@@ -459,18 +466,20 @@ class DeepseekV2Attention(nn.Module):
         key_rope: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
-            [self.qk_nope_head_dim, self.v_head_dim], dim=1
+        num_heads, num_new = query_nope.shape[1:3]
+        up_key, up_value = (
+            local_tensor(self.kv_b_proj.weight)
+            .unflatten(0, (num_heads, -1))
+            .split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         )
         query_latent = query_nope @ up_key  # [B, H, T, R]
-        num_new = query_latent.shape[2]
         # Heads lie beside tokens, so one product reads the cache once for all of them.
         scores = query_latent.flatten(1, 2) @ latent[:, 0].transpose(1, 2)  # [B, H*T, K]
         scores = scores + query_rope.flatten(1, 2) @ key_rope[:, 0].transpose(1, 2)
-        scores = scores.unflatten(1, (self.num_heads, num_new)).float() * self.scaling
+        scores = scores.unflatten(1, (num_heads, num_new)).float() * self.scaling
         scores = mask_scores(scores, attention_mask)
         weights = scores.softmax(dim=-1).to(latent.dtype)
-        mixed = (weights.flatten(1, 2) @ latent[:, 0]).unflatten(1, (self.num_heads, num_new))
+        mixed = (weights.flatten(1, 2) @ latent[:, 0]).unflatten(1, (num_heads, num_new))
         return (mixed @ up_value.transpose(1, 2)).transpose(1, 2), weights
 
 
@@ -522,7 +531,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class DeepseekV2PreTrainedModel(PreTrainedModel):
+class DeepseekV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
     """What transformers has to know about these models to load, place and run them."""
 
     config_class = DeepseekV2Config
@@ -657,6 +666,7 @@ class DeepseekV2ForCausalLM(  # type: ignore[misc]
     """The language model: decoder and output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read as a class attribute
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__(config)

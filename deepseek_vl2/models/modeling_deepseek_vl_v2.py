@@ -16,9 +16,11 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
+from .device_placement import place_view_embeddings
 from .generation import PrefilledGenerationMixin, check_cache, check_chunk_size, check_prompt_length
 from .growing_cache import GrowingCache
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
+from .parallel import CheckedSharesMixin
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
@@ -58,14 +60,15 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-class DeepseekVLV2PreTrainedModel(PreTrainedModel):
+class DeepseekVLV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
     """What transformers has to know about the model to load, place and run it."""
 
     config_class = DeepseekVLV2Config
     config: DeepseekVLV2Config
     input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DeepseekV2DecoderLayer", "Block")  # type: ignore[assignment]
+    # The tower stays whole, as its positions are a parameter of its own. It is smaller than a layer of small and base.
+    _no_split_modules = ("DeepseekV2DecoderLayer", "VisionTransformer", "Block")  # type: ignore[assignment]
     _skip_keys_device_placement = ("past_key_values",)  # type: ignore[assignment]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -74,6 +77,14 @@ class DeepseekVLV2PreTrainedModel(PreTrainedModel):
     _can_set_experts_implementation_cached_value = True
     # Never run, so a checkpoint without it is complete.
     _keys_to_ignore_on_load_missing = (r"vision\.attn_pool\.",)  # type: ignore[assignment]
+
+    @classmethod
+    def _load_pretrained_model(cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any) -> Any:
+        """Loads weights as transformers does, to a map of devices that this model can run on."""
+        if load_config.device_map is not None:
+            parts = [name for name, _ in (*model.named_parameters(recurse=False), *model.named_children())]
+            place_view_embeddings(load_config.device_map, parts)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -246,6 +257,8 @@ class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedMo
 
     def _arrange_views(self, tokens: torch.Tensor, grid: TileGrid) -> torch.Tensor:
         is_global_first = self.config.global_view_pos == "head"
+        # With several devices these two need not be where the projector is.
+        tokens = tokens.to(self.image_newline.device)
         return arrange_views(tokens, grid, self.image_newline, self.view_seperator, is_global_first)
 
     def prepare_inputs_embeds(

@@ -218,6 +218,8 @@ class _Speaker:
 
     @torch.inference_mode()
     def _speak(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)  # a new thread begins on the first device
         # One that is made here goes with this thread, though the stream be kept.
         memory = PromptMemory(self._model) if self._memory is None else self._memory
         try:

@@ -158,7 +158,8 @@ def load_pretrained_model(
         adapter: folder of an adapter that was trained on this model; it is merged into the weights.
         quantize: `"int8"` or `"int4"` to hold the weights in fewer bits, None to hold them as the checkpoint does. On
             the CPU that is `deepseek_vl2.models.WeightOnlyConfig`, on CUDA bitsandbytes, which leaves the experts.
-        model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`.
+        model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`, or a
+            `distributed_config` for processes that share the model.
 
     Returns:
         Tokenizer, processor and model (in eval mode).
@@ -174,6 +175,11 @@ def load_pretrained_model(
 
     torch_dtype = None if dtype is None else resolve_dtype(dtype)
     if adapter is not None:
+        if model_options.get("distributed_config") is not None:
+            raise ValueError(
+                f"adapter {os.fspath(adapter)!r} cannot be merged into a model that processes share; merge it first: "
+                "python -m deepseek_vl2.train.merge --help"
+            )
         check_adapter(adapter)
     model_options["device_map"] = _device_map(device, model_options)
     folder = _checkpoint_folder(resolve_model_path(path))
@@ -213,6 +219,10 @@ def load_pretrained_model(
 
 def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> Any:
     device_map = model_options.get("device_map")
+    if model_options.get("distributed_config") is not None:
+        if device != "auto" or device_map is not None:
+            raise ValueError("processes that share a model take their devices by themselves; leave device at auto")
+        return None
     if device_map is None:
         return {"": resolve_device(device)}
     if device != "auto":

@@ -16,6 +16,7 @@ RANKS = {
     "deepseek_vl2.models.special_tokens": 0,
     "deepseek_vl2.models.tiling": 0,
     "deepseek_vl2.models.conversation": 0,
+    "deepseek_vl2.models.parallel": 0,
     "deepseek_vl2.models.configuration_deepseek_vl_v2": 0,
     "deepseek_vl2.models.configuration_deepseek": 0,
     "deepseek_vl2.models.modeling_deepseek_vl_v2": 2,
