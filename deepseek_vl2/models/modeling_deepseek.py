@@ -420,7 +420,9 @@ class DeepseekV2Attention(nn.Module):
             key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
 
         weights: torch.Tensor | None
-        if self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
+        # An offloaded weight is only there while its layer itself is called.
+        is_offloaded = self.kv_b_proj.weight.is_meta
+        if not is_offloaded and self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
             output, weights = self._attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)
@@ -435,8 +437,6 @@ class DeepseekV2Attention(nn.Module):
     def _is_absorbing_cheaper(self, num_new: int, num_total: int) -> bool:
         """Compares multiplications for each cached token: longer dot products of T queries against one expansion."""
         if num_new == num_total or self.training:
-            return False
-        if self.kv_b_proj.weight.is_meta:  # offloaded: its weight is only there while the layer itself is called
             return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim
         return num_new * (2 * self.kv_lora_rank - expanded_width) < self.kv_lora_rank * expanded_width

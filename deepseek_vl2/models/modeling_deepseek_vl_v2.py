@@ -78,13 +78,15 @@ class DeepseekVLV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
     # Never run, so a checkpoint without it is complete.
     _keys_to_ignore_on_load_missing = (r"vision\.attn_pool\.",)  # type: ignore[assignment]
 
-    @classmethod
-    def _load_pretrained_model(cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any) -> Any:
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
         """Loads weights as transformers does, to a map of devices that this model can run on."""
         if load_config.device_map is not None:
             parts = [name for name, _ in (*model.named_parameters(recurse=False), *model.named_children())]
             place_view_embeddings(load_config.device_map, parts)
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
