@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 from PIL import Image, ImageDraw
@@ -98,7 +99,8 @@ class Load:
 
     def ask(self, client: openai.OpenAI, number: int, stream: bool = False) -> str:
         """The whole answer to a question."""
-        options = {"model": self.model, "messages": self.questions[number], "max_tokens": MAX_TOKENS, "temperature": 0}
+        options: dict[str, Any] = {"model": self.model, "messages": self.questions[number], "temperature": 0}
+        options["max_tokens"] = MAX_TOKENS
         if not stream:
             return client.chat.completions.create(**options).choices[0].message.content
         chunks = client.chat.completions.create(**options, stream=True)
@@ -106,7 +108,7 @@ class Load:
 
     def leave(self, client: openai.OpenAI, number: int) -> None:
         """Goes away after the first word."""
-        options = {"model": self.model, "messages": self.questions[number], "max_tokens": MAX_TOKENS}
+        options: dict[str, Any] = {"model": self.model, "messages": self.questions[number], "max_tokens": MAX_TOKENS}
         with client.chat.completions.create(**options, stream=True) as chunks:
             next(iter(chunks), None)
 
@@ -162,7 +164,7 @@ def seconds_until_free(url: str) -> float:
     return round(time.monotonic() - start, 2)
 
 
-def run(load: Load, num_clients: int, minutes: float, pid: int | None) -> dict[str, object]:
+def run(load: Load, num_clients: int, minutes: float, pid: int | None) -> dict[str, Any]:
     """Lets all clients ask, and watches the memory."""
     single = load.client()
     load.expected = [load.ask(single, number) for number in range(len(load.questions))]

@@ -62,7 +62,8 @@ def time_loop(options: argparse.Namespace, listing: Path) -> dict[str, Any]:
             pictures = [load_image(listing.parent / entry["image"])]
         except (ValueError, OSError):
             continue
-        inputs = processor(conversations=question, images=pictures).to(model.device, dtype=model.dtype)
+        inputs: Any = processor(conversations=question, images=pictures)
+        inputs.to(model.device, dtype=model.dtype)
         ids = model.generate(
             **inputs, max_new_tokens=options.max_new_tokens, do_sample=False, pad_token_id=processor.pad_id
         )

@@ -58,7 +58,7 @@ class Bench:
     def prepare(self) -> Any:
         """Lets the processor prepare a question about a picture; on the model's device."""
         picture = self.picture()
-        conversation = [
+        conversation: list[dict[str, Any]] = [
             {"role": "<|User|>", "content": QUESTION, "images": [picture]},
             {"role": "<|Assistant|>", "content": ""},
         ]

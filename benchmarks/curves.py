@@ -1,5 +1,6 @@
 """Latency over the length of the prompt, memory over the length of the context, and their plots."""
 
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,8 +44,7 @@ def measure_curves(bench: Bench) -> list[dict[str, Any]]:
         embeds = bench.random_embeds(num_tokens)
         prefill = [
             seconds_of(
-                lambda embeds=embeds: bench.model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1),
-                bench.device,
+                partial(bench.model.language, inputs_embeds=embeds, use_cache=True, logits_to_keep=1), bench.device
             )
             for _ in range(bench.repeats)
         ]

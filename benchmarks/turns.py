@@ -1,6 +1,7 @@
 """Several turns about one picture: how soon the first token of the next answer comes when the cache is kept."""
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,10 @@ def chat_session(bench: Bench) -> Any:
     return ChatSession(bench.loaded.model, bench.loaded.processor)
 
 
+def _first_token(session: Any, conversation: list[dict[str, Any]]) -> None:
+    list(session.answer(conversation, max_new_tokens=1))
+
+
 def measure_turns(bench: Bench, new_session: Callable[[Bench], Any] = chat_session) -> list[Figure]:
     """Seconds to one token of the first answer, of the same again, and of the answer to a second question.
 
@@ -27,7 +32,7 @@ def measure_turns(bench: Bench, new_session: Callable[[Bench], Any] = chat_sessi
         new_session: Makes an object whose `answer(conversation, max_new_tokens=...)` streams an answer.
     """
     picture = bench.picture()
-    first = [
+    first: list[dict[str, Any]] = [
         {"role": "<|User|>", "content": QUESTION, "images": [picture]},
         {"role": "<|Assistant|>", "content": ""},
     ]
@@ -41,10 +46,7 @@ def measure_turns(bench: Bench, new_session: Callable[[Bench], Any] = chat_sessi
     for round_number in range(bench.repeats + 1):
         session = new_session(bench)
         for name, conversation in (("first", first), ("regenerate", first), ("second", second)):
-            seconds = seconds_of(
-                lambda session=session, conversation=conversation: list(session.answer(conversation, max_new_tokens=1)),
-                bench.device,
-            )
+            seconds = seconds_of(partial(_first_token, session, conversation), bench.device)
             if round_number:  # the first round warms up
                 times[name].append(seconds)
     figures = [Figure(f"turns_{name}", median(seconds), "s") for name, seconds in times.items()]

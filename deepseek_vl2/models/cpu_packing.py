@@ -117,6 +117,9 @@ class PackedLinear(_PackedModule):
         activation: "gelu_tanh", or "none".
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -181,7 +184,7 @@ def _packable_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modu
     for parent in model.modules():
         for name, layer in parent.named_children():
             if isinstance(layer, DeepseekV2Experts):
-                weight = layer.gate_up_proj
+                weight: torch.Tensor = layer.gate_up_proj
             elif type(layer) is nn.Linear and name not in UNPACKED_LAYERS and id(layer.weight) not in tied:
                 weight = layer.weight
             else:

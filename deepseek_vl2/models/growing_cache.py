@@ -21,6 +21,9 @@ class GrowingLayer(DynamicLayer):
         num_expected: Tokens that will come; room for them is made at once.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, num_expected: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_expected = num_expected
@@ -87,4 +90,5 @@ class GrowingCache(DynamicCache):
 
     def __init__(self, num_expected: int = 0) -> None:
         super().__init__()
-        self.layer_class_to_replicate = functools.partial(GrowingLayer, num_expected)
+        # Called for each layer as a class would be.
+        self.layer_class_to_replicate = functools.partial(GrowingLayer, num_expected)  # type: ignore[assignment]

@@ -147,7 +147,9 @@ def _end_rows(tokens: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
     return torch.cat((tokens, newline.expand(tokens.shape[0], 1, -1)), dim=1).flatten(0, 1)
 
 
-class DeepseekVLV2ForCausalLM(PrefilledGenerationMixin, DeepseekVLV2PreTrainedModel, GenerationMixin):
+class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
+    PrefilledGenerationMixin, DeepseekVLV2PreTrainedModel, GenerationMixin
+):
     """DeepSeek-VL2: answers prompts of text and pictures."""
 
     def __init__(self, config: DeepseekVLV2Config) -> None:

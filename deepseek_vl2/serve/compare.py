@@ -119,7 +119,7 @@ def compare_answers(picture: str, library: str, endpoint: str) -> ComparedAnswer
 
 def own_answer(loaded: LoadedModel, picture: Image.Image, prompt: str, max_new_tokens: int) -> str:
     """The library's greedy answer."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": f"<image>\n{prompt}", "images": [picture]},
         {"role": "assistant", "content": ""},
     ]

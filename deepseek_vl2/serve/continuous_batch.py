@@ -5,7 +5,7 @@ on the left to one length. A row that is done leaves at once, and the padding th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -54,7 +54,7 @@ class ContinuousBatch:
 
     def __init__(self, model: DeepseekVLV2ForCausalLM) -> None:
         self._model = model
-        self._cache: Cache = DynamicCache()
+        self._cache: Any = DynamicCache()
         self._lengths: list[int] = []  # cached tokens of each row, without padding
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class ContinuousBatch:
         """Cached positions of a row, padding included."""
         return max(self._lengths, default=0)
 
-    def join(self, cache: Cache) -> None:
+    def join(self, cache: Any) -> None:
         """Adds the cache of one prompt as the last row; the cache is used up."""
         length = cache.get_seq_length()
         width = max(self.num_positions, length)

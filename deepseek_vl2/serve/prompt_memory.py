@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -54,6 +54,7 @@ class PromptMemory:
     def __init__(self, model: DeepseekVLV2ForCausalLM, features: PictureFeatures | None = None) -> None:
         self.last_reuse: Reuse | None = None
         self.model = model
+        self._kept: list[Hashable] = []
         self._features = PictureFeatures(model) if features is None else features
         self._lock = threading.Lock()
         self._forget()
@@ -167,7 +168,7 @@ class PromptMemory:
         for layer in self._cache.layers:
             num_surplus = layer.get_seq_length() - num_tokens
             if num_surplus > 0:
-                layer.crop(-num_surplus)  # type: ignore[attr-defined]  # of all layers of attention to every token
+                layer.crop(-num_surplus)
 
     def _settle(self, new_ids: Sequence[int]) -> None:
         # An answer that was stopped between layers has left the first ones longer.
@@ -176,5 +177,5 @@ class PromptMemory:
         self._kept = [*self._kept, *new_ids][:num_tokens]
 
     def _forget(self) -> None:
-        self._cache: Cache = GrowingCache()
-        self._kept: list[Hashable] = []
+        self._cache: Any = GrowingCache()  # transformers' layers of other kinds have other attributes
+        self._kept = []

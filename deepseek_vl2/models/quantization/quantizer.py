@@ -23,7 +23,7 @@ class QuantizeWeights(ConversionOps):
     """Quantises what was read for one parameter, and gives the memory of the file back."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]  # transformers' own steps take and return these, too
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
@@ -144,7 +144,7 @@ class WeightOnlyQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         # Else saving would take the experts apart.
-        model._weight_conversions = []
+        model._weight_conversions = []  # type: ignore[assignment]
         _align_int8_weights(model)
         block_rows = kernels.machine_block_rows()
         if block_rows != packing.BLOCK_ROWS:

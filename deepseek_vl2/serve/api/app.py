@@ -33,6 +33,18 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _bearer = HTTPBearer(auto_error=False, description="only where the server was started with keys")
 
 
+async def _on_invalid_request(request: Request, error: Any) -> Response:
+    return error_response(from_validation(error.errors(), error.body))
+
+
+async def _on_http_error(request: Request, error: Any) -> Response:
+    return error_response(from_http_error(error))
+
+
+async def _on_unexpected_error(request: Request, error: Exception) -> Response:
+    return error_response(unexpected_error())
+
+
 def create_app(service: ChatService) -> FastAPI:
     """Builds the server around its service, which is closed with it."""
 
@@ -49,9 +61,9 @@ def create_app(service: ChatService) -> FastAPI:
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         exception_handlers={
-            RequestValidationError: lambda request, error: error_response(from_validation(error.errors(), error.body)),
-            HTTPException: lambda request, error: error_response(from_http_error(error)),
-            Exception: lambda request, error: error_response(unexpected_error()),
+            RequestValidationError: _on_invalid_request,
+            HTTPException: _on_http_error,
+            Exception: _on_unexpected_error,
         },
     )
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)

@@ -37,7 +37,7 @@ TOP_K = Sampling().top_k
 class AnswerEvent(NamedTuple):
     """What happens to one of the answers of a request."""
 
-    index: int
+    number: int
     event: Event
 
 
