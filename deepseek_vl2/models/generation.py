@@ -67,7 +67,8 @@ class PrefilledGenerationMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length():
-            model_kwargs["past_key_values"] = GrowingCache()
+            config: PreTrainedConfig = self.config  # type: ignore[attr-defined]
+            model_kwargs["past_key_values"] = GrowingCache(config.get_text_config().num_hidden_layers)
 
     def _num_rows_for_each_prompt(self, kwargs: dict[str, Any]) -> int:
         """Rows that transformers makes of each prompt row for beams and several answers, but not of a given cache."""

@@ -1,6 +1,5 @@
 """A cache of keys and values that writes new tokens into room kept free, instead of copying all earlier ones."""
 
-import functools
 from typing import Any
 
 import torch
@@ -85,10 +84,11 @@ class GrowingCache(DynamicCache):
     """transformers' default cache on `GrowingLayer`.
 
     Args:
+        num_layers: Layers of the model; all of them are there from the start, so that their lengths can be compared.
         num_expected: Tokens that will come, if that is known: room for them is made at once.
     """
 
-    def __init__(self, num_expected: int = 0) -> None:
+    def __init__(self, num_layers: int, num_expected: int = 0) -> None:
         super().__init__()
-        # Called for each layer as a class would be.
-        self.layer_class_to_replicate = functools.partial(GrowingLayer, num_expected)  # type: ignore[assignment]
+        self.layer_class_to_replicate = None
+        self.layers = [GrowingLayer(num_expected) for _ in range(num_layers)]

@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_kernels import attend_by_products, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .generation import PrefilledGenerationMixin, check_prompt_length
@@ -240,41 +241,6 @@ class DeepseekV2MoE(nn.Module):
         return output
 
 
-def eager_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, the form that transformers' attention interface asks for.
-
-    Args:
-        module: The attention layer; its `num_key_value_groups` query heads share one key and value head.
-        query: [B, H, T, head].
-        key: [B, H / groups, K, head].
-        value: [B, H / groups, K, head].
-        attention_mask: Added to the scores, broadcast to [B, H, T, K].
-        scaling: Factor on the scores.
-        dropout: Probability of dropping a weight in training.
-
-    Returns:
-        Output [B, T, H, head] and weights [B, H, T, K].
-    """
-    if module.num_key_value_groups > 1:
-        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 def attend(
     module: Any,
     query: torch.Tensor,
@@ -295,32 +261,6 @@ def attend(
     )
     dropout = module.config.attention_dropout if module.training else 0.0
     return kernel(module, query, key, value, attention_mask, scaling=module.scaling, dropout=dropout, **kwargs)
-
-
-def attend_by_products(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Attention of one token a row, as plain products that read keys and values once; see `eager_attention_forward`.
-
-    Args:
-        query: [B, H, 1, head].
-        key: [B, H / groups, K, head].
-        value: [B, H / groups, K, head].
-        attention_mask: See `mask_scores`.
-        scaling: Factor on the scores.
-
-    Returns:
-        Output [B, 1, H, head].
-    """
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # heads of a group beside each other
-    scores = (grouped @ key.transpose(-1, -2)).float() * scaling
-    scores = mask_scores(scores.reshape(*query.shape[:3], -1), attention_mask)
-    weights = scores.softmax(dim=-1).to(value.dtype).view(*grouped.shape[:3], -1)
-    return (weights @ value).reshape(query.shape[0], 1, query.shape[1], -1)
 
 
 class DeepseekV2MultiHeadAttention(nn.Module):
@@ -492,25 +432,6 @@ def yarn_score_scaling(rope_parameters: Any) -> float:
     return (0.1 * mscale * math.log(factor) + 1.0) ** 2
 
 
-def mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Hides masked and future tokens, for any form of mask that the attention implementations ask for.
-
-    Args:
-        scores: [B, H, T, K], the T queries being the last of the K tokens.
-        attention_mask: None (causal only), padding [B, K] (1 real, 0 padding), or [B, 1, T, K], boolean (True: may be
-            seen) or to be added.
-    """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        if attention_mask.dtype == torch.bool:
-            return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        return scores + attention_mask
-    num_new, num_total = scores.shape[-2:]
-    is_visible = torch.ones(num_new, num_total, dtype=torch.bool, device=scores.device).tril(num_total - num_new)
-    if attention_mask is not None:
-        is_visible = is_visible & attention_mask[:, None, None, -num_total:].bool()
-    return scores.masked_fill(~is_visible, torch.finfo(scores.dtype).min)
-
-
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward layer, each behind a norm and with a residual path."""
 
@@ -630,7 +551,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = GrowingCache()
+            past_key_values = GrowingCache(self.config.num_hidden_layers)
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         num_new = inputs_embeds.shape[1]
         if num_new > 1:

@@ -367,7 +367,7 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
         position_ids = positions_from_mask(attention_mask)
         cache = past_key_values
         if cache is None:
-            cache = GrowingCache(num_expected=num_tokens + ROOM_FOR_ANSWERS)
+            cache = GrowingCache(self.config.language_config.num_hidden_layers, num_tokens + ROOM_FOR_ANSWERS)
         check_cache(cache, inputs_embeds)
         num_cached = num_tokens - 1
         step = num_cached if chunk_size == -1 else chunk_size

@@ -177,5 +177,7 @@ class PromptMemory:
         self._kept = [*self._kept, *new_ids][:num_tokens]
 
     def _forget(self) -> None:
-        self._cache: Any = GrowingCache()  # transformers' layers of other kinds have other attributes
+        self._cache: Any = GrowingCache(
+            self.model.config.language_config.num_hidden_layers
+        )  # transformers' layers of other kinds have other attributes
         self._kept = []

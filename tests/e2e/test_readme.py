@@ -72,7 +72,12 @@ def test_commands_exist(blocks, repository):
     lines = (
         "\n".join("\n".join(lines) for info, _, lines in blocks if info == "shell").replace("\\\n", " ").splitlines()
     )
-    options = {option for line in lines if "inference.py" in line for option in re.findall(r" (--[\w-]+)", line)}
+    options = {
+        option
+        for line in lines
+        if "inference.py" in line
+        for option in re.findall(r" (--[\w-]+)", line.partition("inference.py")[2])
+    }
     help_text = subprocess.run(
         [sys.executable, repository / "inference.py", "--help"], capture_output=True, text=True, timeout=120, check=True
     ).stdout

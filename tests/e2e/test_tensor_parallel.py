@@ -13,7 +13,8 @@ import torch
 from deepseek_vl2.serve.inference import deepseek_generate, load_model
 from deepseek_vl2.utils.io import resolve_model_path
 
-pytestmark = pytest.mark.e2e
+# On the worker of the browser's tests: at the same time they are too much for two cores.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("browser")]
 
 TIMEOUT = 600
 QUESTION = "<|ref|>the red star<|/ref|>."

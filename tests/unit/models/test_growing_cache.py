@@ -40,7 +40,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_holds_what_the_default_cache_holds(change):
-    ours, theirs = GrowingCache(), DynamicCache()
+    ours, theirs = GrowingCache(1), DynamicCache()
     for cache in (ours, theirs):
         feed(cache, 6, 0)
         feed(cache, 1, 1)
@@ -52,7 +52,7 @@ def test_it_holds_what_the_default_cache_holds(change):
 
 
 def test_new_tokens_are_written_in_place():
-    cache = GrowingCache()
+    cache = GrowingCache(1)
     keys, values = feed(cache, 10, 0)
     places = keys.data_ptr(), values.data_ptr()
     for seed in range(MIN_ROOM):
@@ -63,19 +63,19 @@ def test_new_tokens_are_written_in_place():
 
 
 def test_it_grows_by_a_part_of_itself():
-    cache = GrowingCache()
+    cache = GrowingCache(1)
     feed(cache, 4000, 0)
     assert cache.layers[0]._buffers[0].shape[2] == 4000 + 4000 // GROWTH_DIVISOR
 
 
 def test_expected_tokens_have_room_from_the_start():
-    cache = GrowingCache(num_expected=3000)
+    cache = GrowingCache(1, num_expected=3000)
     place = feed(cache, 7, 0)[0].data_ptr()
     assert feed(cache, 2993, 1)[0].data_ptr() == place
 
 
 def test_a_copy_goes_its_own_way():
-    cache = GrowingCache()
+    cache = GrowingCache(1)
     feed(cache, 5, 0)
     other = copy.deepcopy(cache)
     before = cache.layers[0].keys.clone()
@@ -87,7 +87,7 @@ def test_a_copy_goes_its_own_way():
 
 
 def test_gradients_pass_through():
-    cache = GrowingCache()
+    cache = GrowingCache(1)
     feed(cache, 4, 0)
     keys, values = states(2, 1)
     keys.requires_grad_()

@@ -414,7 +414,11 @@ def test_transformers_finds_the_classes(tmp_path):
 
 
 def test_layers_stay_on_one_device():
-    assert set(DeepseekVLV2ForCausalLM(vl_config())._no_split_modules) == {"DeepseekV2DecoderLayer", "Block"}
+    assert set(DeepseekVLV2ForCausalLM(vl_config())._no_split_modules) == {
+        "DeepseekV2DecoderLayer",
+        "VisionTransformer",
+        "Block",
+    }
 
 
 def test_sizes_of_the_small_model_do_not_repeat():

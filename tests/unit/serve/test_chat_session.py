@@ -319,8 +319,10 @@ def test_one_answer_at_a_time(model, processor, session):
 def test_a_session_can_be_cleared(model, processor, session):
     assert session.last_reuse is None
     list(session.answer(FIRST, max_new_tokens=3))
-    num_layers, num_tokens = 3, session.memory.num_tokens
-    assert session.num_bytes == num_layers * num_tokens * (96 + 16) * 4  # latent and rotated key in float32
+    bytes_a_token = 3 * (96 + 16) * 4  # layers, latent and rotated key in float32
+    assert session.num_bytes % bytes_a_token == 0
+    num_places = session.num_bytes // bytes_a_token
+    assert session.memory.num_tokens < num_places  # with the room that the cache has for more
     session.clear()
     assert session.num_bytes == session.memory.num_tokens == 0
     check_fresh(session, model, processor, FIRST)
