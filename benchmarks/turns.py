@@ -20,8 +20,8 @@ def chat_session(bench: Bench) -> Any:
     return ChatSession(bench.loaded.model, bench.loaded.processor)
 
 
-def _first_token(session: Any, conversation: list[dict[str, Any]]) -> None:
-    list(session.answer(conversation, max_new_tokens=1))
+def _first_token(session: Any, conversation: list[dict[str, Any]]) -> list[str]:
+    return list(session.answer(conversation, max_new_tokens=1))
 
 
 def measure_turns(bench: Bench, new_session: Callable[[Bench], Any] = chat_session) -> list[Figure]:
