@@ -25,7 +25,7 @@ from deepseek_vl2.batch.sources import Source, open_source
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.inference import sampling_options
 from deepseek_vl2.utils.errors import describe_error
-from deepseek_vl2.utils.io import DTYPES, resolve_device
+from deepseek_vl2.utils.io import DTYPES, dtype_name, resolve_device
 from deepseek_vl2.utils.run_folder import SETTINGS_FILE, begin_or_resume, folder_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.batch"
@@ -77,7 +77,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_path", default="nano", help="'nano', a checkpoint folder or a hub name; default: nano")
     group.add_argument("--adapter", metavar="FOLDER", help="what fine-tuning made of that model with LoRA")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    group.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
+    group.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
     group.add_argument("--max_new_tokens", type=int, default=512, help="length of an answer; default: 512")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, at best up to 0.7; default: 0")
     group.add_argument("--top_p", type=float, default=0.9, help="used with a temperature; default: 0.9")
@@ -178,6 +178,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_options(options)
+    if options.dtype is None and options.engine == "local":
+        options.dtype = dtype_name(options.model_path, options.device)
     job = make_job(options)
     num_items = min(len(job.source), options.limit or len(job.source))
     folder = options.output.with_name(options.output.name + RUN_FOLDER_SUFFIX)

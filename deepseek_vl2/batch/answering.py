@@ -19,7 +19,7 @@ class ModelOptions:
     """What is loaded, and where; see `load_pretrained_model`."""
 
     model_path: str = "nano"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     device: str = "auto"
     adapter: str | None = None
 

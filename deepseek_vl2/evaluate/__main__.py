@@ -25,7 +25,7 @@ from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
-from deepseek_vl2.utils.io import DTYPES, load_pretrained_model, resolve_device
+from deepseek_vl2.utils.io import DTYPES, dtype_name, load_pretrained_model, resolve_device
 from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, model_digest
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--no_tiling", "--no-tiling", action="store_true", help="show pictures in one view only, to see what tiles add"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    parser.add_argument("--dtype", default="bfloat16", choices=["auto", *DTYPES], help="default: bfloat16")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
     parser.add_argument("--quantize", choices=list(QUANTIZATIONS), help="hold the weights in 8 or 4 bits")
     parser.add_argument("--num_examples", type=int, default=60, help="in the report, the worst first; default: 60")
     options = parser.parse_args(arguments)
@@ -89,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     begin_or_resume(options.output, settings, PREDICTIONS_FILE)
     use_chosen_num_threads()
-    loaded = load_pretrained_model(options.model_path, options.dtype, options.device, quantize=options.quantize)
+    loaded = load_pretrained_model(options.model_path, settings["dtype"], options.device, quantize=options.quantize)
     asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
@@ -120,7 +120,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         "chunk_size": options.chunk_size,
         "no_tiling": options.no_tiling,
         "device": resolve_device(options.device).type,
-        "dtype": options.dtype,
+        "dtype": options.dtype or dtype_name(options.model_path, options.device, options.quantize),
         "quantize": options.quantize,
         "version": __version__,
     }

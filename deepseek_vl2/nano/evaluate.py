@@ -21,6 +21,7 @@ from deepseek_vl2.nano.questions import Example
 from deepseek_vl2.nano.several import beginning_of
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
 from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.io import DTYPES
 
 PROGRAM = "python -m deepseek_vl2.nano.evaluate"
 MAX_NEW_TOKENS = 200
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace, task: str) -> dict[str, dict[str, Any]]
     drawing = tqdm(indices, desc=f"drawing {task}", unit="scene")
     path = write_examples((example_at(EVAL_SPLIT, index, task) for index in drawing), folder)
     arguments = ["--model_path", options.model_path, "--batch_size", str(options.batch_size)]
-    arguments += ["--dtype", options.dtype, "--device", options.device]
+    arguments += ["--device", options.device, *(["--dtype", options.dtype] if options.dtype else [])]
     judge = TASKS[task].judge
     results = {task: evaluate_file(path, judge, folder / "run", arguments)}
     if task == UNTILED_TASK:
@@ -157,7 +158,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--first_scene", type=int, default=0, help="number of the first scene; default: 0")
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
     parser.add_argument("--card", type=Path, nargs="*", default=[], help="Markdown files to put the numbers into")
     options = parser.parse_args(arguments)
     if min(options.num_scenes, options.batch_size) < 1 or options.first_scene < 0:

@@ -1,8 +1,6 @@
 """What this machine has, and what that makes the best device, type of weights and number of threads."""
 
 import os
-import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -10,6 +8,7 @@ from typing import Generic, TypeVar
 import psutil
 import torch
 
+from deepseek_vl2.models.cpu_features import cpu_bfloat16_support
 from deepseek_vl2.models.machine_limits import available_bytes, cpu_quota, read_text
 
 T = TypeVar("T")
@@ -17,7 +16,6 @@ T = TypeVar("T")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Share of the free memory that weights may take when a type of weights is chosen: activations need some too.
 USABLE_MEMORY = 0.8
-_NATIVE_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,15 @@ def choose_device() -> Choice[torch.device]:
     return Choice(torch.device("cpu"), "neither CUDA nor an Apple GPU is available to torch")
 
 
-def choose_dtype(device: torch.device, num_bytes: int | None = None) -> Choice[torch.dtype]:
+def choose_dtype(
+    device: torch.device, num_bytes: int | None = None, quantize: str | None = None
+) -> Choice[torch.dtype]:
     """The type of weights that suits a device. The published weights are bfloat16.
 
     Args:
         device: Where the model runs.
         num_bytes: Bytes of the checkpoint in a type of 16 bits, if known: float32 is not chosen unless it fits.
+        quantize: How the weights are quantised, if they are; then this is the type of everything else.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -57,6 +58,8 @@ def choose_dtype(device: torch.device, num_bytes: int | None = None) -> Choice[t
         if torch.backends.mps.is_macos_or_newer(14, 0):
             return Choice(torch.bfloat16, "macOS 14 or later has bfloat16")
         return Choice(torch.float16, "macOS before 14 has no bfloat16, only float16")
+    if quantize is not None:
+        return Choice(torch.bfloat16, f"the CPU's kernels for {quantize} weights take bfloat16")
     return _choose_cpu_dtype(cpu_bfloat16_support(), num_bytes)
 
 
@@ -123,38 +126,3 @@ def num_physical_cores(root: Path = Path("/")) -> int:
             return min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
         siblings.add(text)
     return len(siblings)
-
-
-def cpu_bfloat16_support(root: Path = Path("/")) -> str:
-    """How the CPU computes in bfloat16.
-
-    Args:
-        root: Where `proc` is mounted.
-
-    Returns:
-        `native` (own instructions), `converted` (AVX512, to which torch's kernels convert), `none` or `unknown`.
-    """
-    if platform.system() == "Darwin":
-        return "native" if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else "none"
-    flags = cpu_flags(root)
-    if flags.intersection(_NATIVE_BFLOAT16_FLAGS):
-        return "native"
-    if "AVX512" in torch.backends.cpu.get_cpu_capability():
-        return "converted"
-    return "none" if flags else "unknown"
-
-
-def cpu_flags(root: Path = Path("/")) -> set[str]:
-    """Instruction sets that Linux names for the first core; empty elsewhere."""
-    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
-
-
-def _sysctl(name: str) -> str:
-    try:
-        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModel",
+    "dtype_name",
     "load_image",
     "load_json",
     "load_pil_images",
@@ -186,7 +187,7 @@ def load_pretrained_model(
     processor = DeepseekVLV2Processor.from_pretrained(folder)
     _check_config(folder)
     if torch_dtype is None:
-        torch_dtype = _choose_dtype(folder, device)
+        torch_dtype = _choose_dtype(folder, device, quantize)
     config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
     processor.check_vocab(config.language_config.vocab_size)
     if adapter is not None and (quantize or getattr(config, "quantization_config", None)):
@@ -230,9 +231,20 @@ def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> An
     return device_map
 
 
-def _choose_dtype(folder: str, device: str | torch.device) -> torch.dtype:
+def dtype_name(path: str | os.PathLike[str], device: str | torch.device = "auto", quantize: str | None = None) -> str:
+    """The name in `DTYPES` of the type that `load_pretrained_model` chooses by itself for a model and a device.
+
+    Raises:
+        ValueError: no such device.
+        OSError: the model is not there.
+    """
+    chosen = _choose_dtype(resolve_model_path(path), device, quantize)
+    return next(name for name, dtype in DTYPES.items() if dtype == chosen)
+
+
+def _choose_dtype(folder: str, device: str | torch.device, quantize: str | None) -> torch.dtype:
     num_bytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    choice = choose_dtype(resolve_device(device), num_bytes)
+    choice = choose_dtype(resolve_device(device), num_bytes, quantize)
     logger.info("weights are loaded as %s: %s", choice.value, choice.reason)
     return choice.value
 

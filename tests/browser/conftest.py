@@ -46,7 +46,7 @@ def demo(served_folder):
         model_path="nano",
         model_name="nano",
         device="cpu",
-        dtype="bfloat16",
+        dtype=None,  # what suits the CPU: without bfloat16 instructions answers would take minutes
         chunk_size=-1,
         concurrency=1,
         max_image_mb=2,

@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to serve at; default: 127.0.0.1, this machine only")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    add("--dtype", default="bfloat16", choices=DTYPES, help="default: bfloat16")
+    add("--dtype", choices=DTYPES, help="default: what suits the device")
     add("--chunk_size", type=int, default=-1, help="tokens of a prompt to read at once; default -1: all")
     add("--max_batch", type=int, default=8, help="answers at the same time; default: 8")
     add("--max_waiting", type=int, default=64, help="answers that may wait for their turn; default: 64")

@@ -12,7 +12,6 @@ from deepseek_vl2.utils.hardware import (
     choose_device,
     choose_dtype,
     choose_num_threads,
-    cpu_bfloat16_support,
     cpu_quota,
     num_physical_cores,
     use_chosen_num_threads,
@@ -65,6 +64,13 @@ def test_dtype_on_a_cpu(monkeypatch, support, num_bytes, chosen, reason):
     assert reason in choice.reason
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_dtype_beside_quantised_weights_is_that_of_their_kernels(monkeypatch, quantize):
+    monkeypatch.setattr(hardware, "cpu_bfloat16_support", lambda: "none")
+    choice = choose_dtype(CPU, 7 * GB, quantize)
+    assert choice.value is torch.bfloat16 and quantize in choice.reason
+
+
 @pytest.mark.parametrize(
     ("capability", "chosen"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )
@@ -79,31 +85,6 @@ def test_dtype_on_cuda(monkeypatch, capability, chosen):
 def test_dtype_on_an_apple_gpu(monkeypatch, is_new, chosen):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: is_new)
     assert choose_dtype(torch.device("mps")).value is chosen
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "capability", "support"),
-    [
-        ("processor : 0\nflags : fpu avx512f avx512_bf16\n", "AVX512", "native"),
-        ("processor : 0\nflags : fpu amx_bf16 amx_tile\n", "AVX512", "native"),
-        ("processor : 0\nFeatures : fp asimd bf16 sve\n", "SVE256", "native"),
-        ("processor : 0\nflags : fpu avx512f avx512bw\n", "AVX512", "converted"),
-        ("processor : 0\nflags : fpu avx2\n", "AVX2", "none"),
-        ("", "DEFAULT", "unknown"),
-    ],
-)
-def test_bfloat16_of_a_cpu(monkeypatch, tmp_path, cpuinfo, capability, support):
-    monkeypatch.setattr(hardware.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    write(tmp_path, {"proc/cpuinfo": cpuinfo})
-    assert cpu_bfloat16_support(tmp_path) == support
-
-
-@pytest.mark.parametrize(("answer", "support"), [("1", "native"), ("", "none")])
-def test_bfloat16_of_an_apple_cpu(monkeypatch, answer, support):
-    monkeypatch.setattr(hardware.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(hardware, "_sysctl", lambda name: answer)
-    assert cpu_bfloat16_support() == support
 
 
 def test_two_threads_of_one_core_count_once(monkeypatch, tmp_path):

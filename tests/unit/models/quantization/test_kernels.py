@@ -50,6 +50,19 @@ def test_few_rows_equal_many_rows_equal_float32(weight_format, num_rows):
         assert_close(exact, expected, 1e-4 if weight_format.bits == 4 else 1e-5)
 
 
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+def test_many_rows_are_computed_in_float32_where_bfloat16_is_slow(monkeypatch, weight_format):
+    weight, scales = quantized(random_values(64, 384), weight_format)
+    held = in_memory(weight, weight_format)
+    rows = random_values(kernels.INT4_PACKED_MAX_ROWS + 1, 384).bfloat16()
+    expected = expected_product(rows, weight, scales, weight_format, 64)
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
+    output = kernels.linear(rows, held, scales, weight_format, 64)
+    assert output.dtype == torch.bfloat16
+    # Only the output is rounded then: to half a unit of eight bits.
+    assert torch.allclose(output.float(), expected, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize("weight_format", FORMATS[:2], ids=str)
 def test_leading_dimensions_and_no_rows(weight_format):
     weight, scales = quantized(random_values(40, 96), weight_format)

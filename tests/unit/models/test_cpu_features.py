@@ -1,0 +1,45 @@
+"""What the CPU computes fast, on machines that files and patches pretend."""
+
+import pytest
+import torch
+
+from deepseek_vl2.models import cpu_features
+from deepseek_vl2.models.cpu_features import cpu_bfloat16_support, has_fast_bfloat16
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "capability", "support"),
+    [
+        ("processor : 0\nflags : fpu avx512f avx512_bf16\n", "AVX512", "native"),
+        ("processor : 0\nflags : fpu amx_bf16 amx_tile\n", "AVX512", "native"),
+        ("processor : 0\nFeatures : fp asimd bf16 sve\n", "SVE256", "native"),
+        ("processor : 0\nflags : fpu avx512f avx512bw\n", "AVX512", "converted"),
+        ("processor : 0\nflags : fpu avx2\n", "AVX2", "none"),
+        ("", "DEFAULT", "unknown"),
+    ],
+)
+def test_bfloat16_of_a_cpu(monkeypatch, tmp_path, cpuinfo, capability, support):
+    monkeypatch.setattr(cpu_features.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert cpu_bfloat16_support(tmp_path) == support
+
+
+@pytest.mark.parametrize(("answer", "support"), [("1", "native"), ("", "none")])
+def test_bfloat16_of_an_apple_cpu(monkeypatch, answer, support):
+    monkeypatch.setattr(cpu_features.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(cpu_features, "_sysctl", lambda name: answer)
+    assert cpu_bfloat16_support() == support
+
+
+@pytest.mark.parametrize(
+    ("support", "is_fast"), [("native", True), ("converted", True), ("unknown", True), ("none", False)]
+)
+def test_only_a_cpu_that_is_known_to_lack_bfloat16_computes_in_float32(monkeypatch, support, is_fast):
+    monkeypatch.setattr(cpu_features, "cpu_bfloat16_support", lambda: support)
+    has_fast_bfloat16.cache_clear()
+    try:
+        assert has_fast_bfloat16() is is_fast
+    finally:
+        has_fast_bfloat16.cache_clear()
