@@ -1,4 +1,4 @@
-"""Trains nano from nothing to the shipped files: `python -m deepseek_vl2.nano --folder runs/nano`."""
+"""Trains nano: `python -m deepseek_vl2.nano --folder runs/nano`."""
 
 import argparse
 import logging
@@ -20,13 +20,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--share", type=float, default=1.0, help="part of each stage's batches, for a trial; default: 1"
     )
+    parser.add_argument(
+        "--start_from", type=Path, help="checkpoint of an earlier edition to grow, in half the time; default: nothing"
+    )
     parser.add_argument("--num_threads", type=int, default=TrainingSettings.num_threads)
     parser.add_argument("--seed", type=int, default=TrainingSettings.seed, help="of the starting weights")
     options = parser.parse_args(arguments)
     if not 0 < options.share <= 1 or options.num_threads < 1:
         parser.error("--share must be above 0 and at most 1, --num_threads at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = TrainingSettings(num_threads=options.num_threads, seed=options.seed).scaled(options.share)
+    numbers = {"num_threads": options.num_threads, "seed": options.seed}
+    settings = (
+        TrainingSettings.of_growth(options.start_from, **numbers) if options.start_from else TrainingSettings(**numbers)
+    ).scaled(options.share)
     checkpoint = options.checkpoint or options.folder / "checkpoint"
     try:
         trainer = NanoTrainer(settings, options.folder)

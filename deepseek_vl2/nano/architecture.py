@@ -9,11 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.configuration_deepseek_vl_v2 import MlpProjectorConfig, VisionEncoderConfig
 from deepseek_vl2.nano.tokenizer import build_tokenizer, number_token_ids
+from deepseek_vl2.nano.views import CANDIDATE_RESOLUTIONS, PATCH_SIDE, VIEW_SIDE
 
-VIEW_SIDE = 112
-PATCH_SIDE = 14
 WIDTH = 192
-CANDIDATE_RESOLUTIONS = ((112, 112), (112, 224), (224, 112), (224, 224))
 # Beside 0.02 elsewhere: rows of number tokens start as waves over the number, so that near numbers are alike.
 NUMBER_WAVES_STD = 0.02
 

@@ -34,9 +34,9 @@ ONE_TILE = TileGrid(1, 1)
 LARGER_GRIDS = (TileGrid(1, 2), TileGrid(2, 1), TileGrid(2, 2))
 LARGER_GRID_WEIGHTS = (1, 1, 3)
 # What pictures show, and how often.
-SCENE_KINDS = {"shapes": 35, "counting": 20, "text": 19, "table": 13, "chart": 13}
+SCENE_KINDS = {"shapes": 34, "counting": 26, "text": 19, "table": 13, "chart": 8}
 # How many pictures a batch's rows have, and how often.
-NUM_PICTURES = {1: 76, 2: 12, 3: 12}
+NUM_PICTURES = {1: 80, 2: 8, 3: 12}
 # How often each question is asked of shapes, beside a description once in a while.
 Make = Callable[[random.Random, Scene], Example | None]
 SHAPE_QUESTIONS: Mapping[Make, float] = {

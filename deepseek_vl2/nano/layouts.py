@@ -9,6 +9,7 @@ from deepseek_vl2.nano.scenes import (
     LETTERS,
     SHAPE_NAMES,
     TEXT_COLOR,
+    TEXT_HEIGHTS,
     TEXT_RGB,
     Box,
     Kind,
@@ -26,6 +27,7 @@ from deepseek_vl2.nano.scenes import (
     text_extent,
     vary_color,
 )
+from deepseek_vl2.nano.views import tile_scale
 
 # Names of rows as printed; questions call them Mon, Tue and so on.
 ROW_NAMES = ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN")
@@ -34,8 +36,11 @@ LINE_RGB = (150, 150, 160)
 STEP_RGB = (205, 205, 212)
 MAX_BAR = 10
 AXIS_LABELS = (0, 5, 10)
-# Height of the letters of a page, as a part of the picture's shorter side.
-PAGE_LETTER_FRACTIONS = (0.08, 0.28)
+# Heights of the letters of a page, and the least of a table, in pixels of the tiles.
+PAGE_LETTER_HEIGHTS = (11.0, 28.0)
+TABLE_LETTER_HEIGHT = 13.0
+# Of the height of a row.
+TABLE_LETTER_FRACTIONS = (0.5, 0.66)
 
 
 def _reading_size(rng: random.Random) -> Size:
@@ -78,8 +83,8 @@ def page_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
     """Draws a page full of words and numbers in lines, all letters of about one height: most letters for a picture."""
     width, height = size = size if size is not None else random_size(rng)
     background = random_background(rng)
-    low, high = PAGE_LETTER_FRACTIONS
-    letter_height = low * (high / low) ** rng.random() * min(size)
+    low, high = PAGE_LETTER_HEIGHTS
+    letter_height = low * (high / low) ** rng.random() / tile_scale(size)
     objects: list[SceneObject] = []
     top = rng.uniform(0.2, 1.0) * letter_height
     while top + letter_height < height:
@@ -115,15 +120,17 @@ def table_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
     """Draws a table of 2 to 4 named rows and 2 to 3 lettered columns of numbers below 100."""
     width, height = size = size if size is not None else _reading_size(rng)
     background = random_background(rng)
-    rows = rng.sample(ROW_NAMES, rng.randint(2, 4))
+    margin = rng.uniform(0.02, 0.06) * min(size)
+    least_height = TABLE_LETTER_HEIGHT / TABLE_LETTER_FRACTIONS[0] / tile_scale(size)
+    rows = rng.sample(ROW_NAMES, rng.randint(2, min(4, max(2, int((height - 2 * margin) / least_height) - 1))))
     columns = COLUMN_NAMES[: rng.randint(2, 3)]
-    margin = rng.uniform(0.02, 0.08) * min(size)
     left, top, right, bottom = margin, margin, width - margin, height - margin
     row_edges = [top + (bottom - top) * part / (len(rows) + 1) for part in range(len(rows) + 2)]
     # The column of names is a little wider than the others.
     parts = [0.0, *((1.3 + number) / (1.3 + len(columns)) for number in range(len(columns) + 1))]
     column_edges = [left + (right - left) * part for part in parts]
-    letter_height = rng.uniform(0.4, 0.55) * (row_edges[1] - row_edges[0])
+    highest = TEXT_HEIGHTS[1] / tile_scale(size)
+    letter_height = min(highest, rng.uniform(*TABLE_LETTER_FRACTIONS) * (row_edges[1] - row_edges[0]))
     thickness = max(1, round(0.006 * min(size)))
     lines = [Line((left, y, right, y + thickness), LINE_RGB) for y in row_edges]
     lines += [Line((x, top, x + thickness, bottom), LINE_RGB) for x in column_edges]

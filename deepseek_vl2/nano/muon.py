@@ -10,9 +10,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Replaces the singular values of matrices [..., m, n] by values near 1, in bfloat16."""
-    x = matrices.bfloat16()
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Replaces the singular values of matrices [..., m, n] by values near 1, computing in `dtype`."""
+    x = matrices.to(dtype)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -34,6 +34,7 @@ class Muon(torch.optim.Optimizer):
         lr: Step, on the scale of AdamW's (updates get AdamW's typical size).
         momentum: Share of the earlier gradients that is kept.
         weight_decay: Share of the weights taken off at each step, times `lr`.
+        dtype: Of products; bfloat16 is exact enough.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Muon(torch.optim.Optimizer):
         lr: float = 3e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,7 +64,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         average = state["momentum"]
         average.lerp_(parameter.grad, 1 - group["momentum"])
-        update = orthogonalize(parameter.grad.lerp(average, group["momentum"]))
+        update = orthogonalize(parameter.grad.lerp(average, group["momentum"]), self.dtype)
         scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * scale)

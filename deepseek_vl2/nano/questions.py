@@ -125,8 +125,13 @@ def format_grounding(label: str, items: Sequence[SceneObject], scene: Scene) -> 
 
 
 def reading_order(scene: Scene) -> list[SceneObject]:
-    """The objects from top to bottom by the middle of their boxes; from left to right where two are level."""
-    return sorted(scene.objects, key=lambda item: (item.center[1], item.center[0]))
+    """The objects as a person reads: upper, middle and lower third of the picture, in each from left to right."""
+    return sorted(scene.objects, key=lambda item: (third(item.center[1], scene.height), item.center))
+
+
+def third(position: float, extent: float) -> int:
+    """In which third of an extent a position lies: 0, 1 or 2."""
+    return min(2, int(3 * position / extent))
 
 
 def named(scene: Scene, *, name: str | None = None, color: str | None = None) -> list[SceneObject]:
@@ -360,7 +365,7 @@ def make_describe(rng: random.Random, scene: Scene) -> Example | None:
 
 def place_in_words(center: tuple[float, float], size: Size) -> str:
     """Where a point is: "Top left", "Middle center", "Bottom right" and so on, by thirds of the picture."""
-    column, row = (min(2, int(3 * value / extent)) for value, extent in zip(center, size, strict=True))
+    column, row = (third(value, extent) for value, extent in zip(center, size, strict=True))
     return f"{phrases.ROW_PLACES[row]} {phrases.COLUMN_PLACES[column]}"
 
 

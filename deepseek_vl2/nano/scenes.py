@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from deepseek_vl2.nano.views import tile_scale
+
 Kind = Literal["shape", "word", "number", "bar"]
 RGB = tuple[int, int, int]
 
@@ -83,6 +85,8 @@ SMALL_SIDE_FRACTIONS = (0.05, 0.074)
 # Canvases with both sides below this are drawn twice as large and reduced, which smooths the edges.
 SUPERSAMPLE_BELOW = 320
 TEXT_MASK_SIZE = 128
+# Lowest and highest print, in pixels of the tiles: high enough to read, low enough that a word spans few of them.
+TEXT_HEIGHTS = (14.0, 28.0)
 MARK_RGB = (255, 0, 0)
 # Of the picture's shorter side; the gap between a mark and its object is as wide.
 MARK_WIDTH_FRACTION = 0.0125
@@ -379,12 +383,12 @@ def random_text_plan(rng: random.Random, words: Sequence[str] | None = None) -> 
 
 
 def _extent(rng: random.Random, plan: ObjectPlan, size: Size, low: float, high: float) -> Size:
-    """Draws a width and height whose middle is between the parts `low` and `high` of the picture's shorter side."""
+    """Draws a width and height: of shapes between the parts `low` and `high` of the picture's shorter side."""
+    if plan.kind != "shape":
+        return text_extent(plan.name, rng.uniform(*TEXT_HEIGHTS) / tile_scale(size), 0.9 * size[0])
     side = rng.uniform(low, high) * min(size)
-    if plan.kind == "shape":
-        stretch = math.sqrt(rng.uniform(0.8, 1.25))
-        return max(4, round(side * stretch)), max(4, round(side / stretch))
-    return text_extent(plan.name, side * 0.75, 0.8 * size[0])
+    stretch = math.sqrt(rng.uniform(0.8, 1.25))
+    return max(4, round(side * stretch)), max(4, round(side / stretch))
 
 
 def text_extent(text: str, height: float, max_width: float) -> Size:
@@ -414,7 +418,7 @@ def place_objects(
         plans: What to place, in order.
         size: Width and height of the picture in pixels.
         min_side_fraction: Smallest object side, as a part of the picture's shorter side.
-        max_side_fraction: Largest one. Texts use three quarters of a side as the height of their letters.
+        max_side_fraction: Largest one. Texts have heights of their own, `TEXT_HEIGHTS`.
 
     Raises:
         ValueError: If the fractions are not 0 < min <= max <= 0.9.

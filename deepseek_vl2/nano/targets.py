@@ -19,7 +19,7 @@ SIGNS = LETTERS + "0123456789"
 MAX_TEXT_LENGTH = 6
 MAX_LETTERS_A_CELL = 4
 # Letters lower than this in a view cannot be read in it.
-MIN_LETTER_PIXELS = 8.0
+MIN_LETTER_PIXELS = 10.0
 # Letters as high as this are read in the global view as well as in tiles, where they spread over many patches.
 READABLE_LETTER_PIXELS = 16.0
 MIN_COVER = 0.1

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import SHAPE_QUESTIONS, AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
+from deepseek_vl2.nano.growth import grow_from
 from deepseek_vl2.nano.losses import (
     ATTENDED_LAYER,
     ATTENTION_NAME,
@@ -30,6 +31,7 @@ from deepseek_vl2.nano.muon import Muon
 from deepseek_vl2.nano.questions import make_count
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 from deepseek_vl2.nano.tokenizer import number_token_ids
+from deepseek_vl2.utils.hardware import cpu_bfloat16_support
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ STAGES = ("views", "letters", "answers", "together")
 LOG_EVERY = 20
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 64.0
+GROWN_LETTERS_BATCHES = 350
+GROWN_TOGETHER_BATCHES = 900
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class StageSettings:
     """Numbers of one stage.
 
     Attributes:
-        num_batches: Length.
+        num_batches: Length; 0 leaves the stage out.
         batch_size: Views (first two stages) or pictures (others) a batch.
         matrix_lr: Peak step of Muon, for matrices and stacks of experts.
         other_lr: Peak step of AdamW, for everything else.
@@ -99,6 +103,7 @@ class TrainingSettings:
         seed: Of the starting weights; scenes have seeds of their own.
         num_threads: CPU threads.
         save_every: Batches between two resumable states.
+        start_from: Folder of an earlier edition whose weights are grown, see `grow_from`; from nothing if empty.
     """
 
     views: StageSettings = field(default_factory=lambda: StageSettings(1200, 128, 3e-3, 2e-3))
@@ -126,6 +131,30 @@ class TrainingSettings:
     seed: int = 0
     num_threads: int = 2
     save_every: int = 100
+    start_from: str = ""
+
+    @classmethod
+    def of_growth(cls, start_from: Path, **numbers: Any) -> "TrainingSettings":
+        """The shorter training of an earlier edition that sees and answers already: pages first, then everything."""
+        return cls(
+            views=StageSettings(0, 128, 3e-3, 2e-3),
+            letters=StageSettings(
+                GROWN_LETTERS_BATCHES, 128, 2e-3, 1.4e-3, warmup_batches=20, decay_share=0.7, page_share=0.6
+            ),
+            answers=StageSettings(0, 32, 3e-3, 2e-3),
+            together=StageSettings(
+                GROWN_TOGETHER_BATCHES,
+                32,
+                2e-3,
+                1.4e-3,
+                warmup_batches=40,
+                decay_share=0.7,
+                last_small_share=0.35,
+                count_weight=COUNT_WEIGHT,
+            ),
+            start_from=str(start_from),
+            **numbers,
+        )
 
     def scaled(self, share: float) -> "TrainingSettings":
         """The same training with a part of each stage's batches and of its warm-up, at least one."""
@@ -135,7 +164,7 @@ class TrainingSettings:
             **{
                 name: replace(
                     stage,
-                    num_batches=max(1, round(stage.num_batches * share)),
+                    num_batches=max(min(1, stage.num_batches), round(stage.num_batches * share)),
                     warmup_batches=max(1, round(stage.warmup_batches * share)),
                 )
                 for name, stage in stages.items()
@@ -161,6 +190,8 @@ class NanoTrainer:
         self.processor: DeepseekVLV2Processor = nano_processor()
         tokenizer = self.processor.tokenizer
         self.model: DeepseekVLV2ForCausalLM = untrained_nano(tokenizer, settings.seed).train()
+        # Products in bfloat16 are several times faster than in float32, or, on a CPU without them, slower.
+        self.dtype = torch.float32 if cpu_bfloat16_support() == "none" else torch.bfloat16
         # Among 64 patches a view, written-out attention learns a third faster than the CPU's fused kernel.
         self.model.vision.attn_implementation = "eager"
         targets = NumberTargets(number_token_ids(tokenizer), len(tokenizer), settings.coordinate_spread)
@@ -213,14 +244,14 @@ class NanoTrainer:
             if parameter.requires_grad:
                 (matrices if is_matrix and not is_table else others).append(parameter)
         self.optimizers = [
-            Muon(matrices, lr=self.stage_settings.matrix_lr, weight_decay=self.settings.weight_decay),
+            Muon(matrices, lr=self.stage_settings.matrix_lr, weight_decay=self.settings.weight_decay, dtype=self.dtype),
             torch.optim.AdamW(others, lr=self.stage_settings.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
     def losses(self, batch: ViewBatch | AnswerBatch) -> dict[str, torch.Tensor]:
         """Losses of a batch by name."""
         output_layer = self.model.get_output_embeddings()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if isinstance(batch, ViewBatch):
                 tokens = self.model.projector(self.model.vision(batch.views))
                 return _prefixed("dense", self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer))
@@ -289,6 +320,8 @@ class NanoTrainer:
         """
         path = self.folder / "state.pt"
         if not path.exists():
+            if self.settings.start_from:
+                grow_from(self.model, self.processor.tokenizer, Path(self.settings.start_from))
             self._enter_stage()
             return
         state = torch.load(path, weights_only=True)

@@ -333,7 +333,7 @@ def test_attention_is_told_to_go_where_the_next_token_is_seen(processor, monkeyp
     monkeypatch.setattr(batches, "NUM_PICTURES", {num_pictures: 1})
     compared = set()
     dataset = answer_batches(processor, small_share=0.2, split="test-pointing", batch_size=6)
-    for index in range(4 if num_pictures == 1 else 2):
+    for index in range(7 if num_pictures == 1 else 2):
         batch = dataset[index]
         pointings, firsts = batch.pointings, torch.bincount(batch.cell_rows).cumsum(0).roll(1)
         firsts[0] = 0

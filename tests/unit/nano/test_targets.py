@@ -270,10 +270,10 @@ def test_a_picture_of_one_tile_shows_its_letters_in_both_views():
     assert places.cells == {(0, place): [4 + place, 16 + 4 + place] for place in range(3)}
 
 
-@pytest.mark.parametrize(("height", "views"), [(7.0, set()), (12.0, {1, 2, 3, 4}), (16.0, {0, 1, 2, 3, 4})])
+@pytest.mark.parametrize(("height", "views"), [(9.0, set()), (12.0, {1, 2, 3, 4}), (20.0, {0, 1, 2, 3, 4})])
 def test_letters_too_low_to_be_read_are_not_told(height, views):
     """Heights in a picture of 224 pixels: tiles show it as it is, the global view half as large."""
-    assert MIN_LETTER_PIXELS == 8
+    assert MIN_LETTER_PIXELS == 10
     items = [
         object_at((x, y, x + 40.0, y + height), "7", "dark", "number") for x in (30.0, 150.0) for y in (50.0, 150.0)
     ]
@@ -309,7 +309,8 @@ def test_letters_are_where_a_dot_at_their_middle_is_seen(processor, grid):
     size = (SIDE * 2 * grid.columns, SIDE * 2 * grid.rows)
     num_compared = 0
     for seed in range(3):
-        told: dict[tuple[int, int], set[int]] = {}
+        told: set[tuple[int, int]] = set()
+        possible: dict[tuple[int, int], set[int]] = {}
         scene = text_scene(split_rng("test-dots", seed), size=size)
         rectangles = view_rectangles(*size, *grid, side=SIDE)
         places = letter_places(scene, rectangles, 4, SIDE)
@@ -322,18 +323,22 @@ def test_letters_are_where_a_dot_at_their_middle_is_seen(processor, grid):
                 bright = [(view - before)[0] for view, before in zip(views, dark, strict=True)]
                 expected = []
                 for view, light in enumerate(bright):
-                    is_read = (item.box[3] - item.box[1]) * SIDE / (rectangles[view, 3] - rectangles[view, 1]) >= 8
+                    scale = SIDE / (rectangles[view, 2] - rectangles[view, 0])
+                    is_read = (item.box[3] - item.box[1]) * scale >= MIN_LETTER_PIXELS
                     sums = light.unflatten(0, (4, 28)).unflatten(2, (4, 28)).sum(dim=(1, 3)).flatten()
                     total = sum(float(other.sum()) for other in (bright[:1] if view == 0 else bright[1:]))
                     if is_read and float(sums.max()) > 0.6 * total:
                         expected.append(view * 16 + int(sums.argmax()))
+                    if is_read:
+                        for cell in (sums > 0.2 * total).nonzero()[:, 0].tolist():
+                            possible.setdefault((view * 16 + cell, place), set()).add(SIGNS.index(item.name[place]))
                 first = 16 if grid.num_views > 2 else 0
                 for cell in expected:
-                    told.setdefault((cell, place), set()).add(SIGNS.index(item.name[place]))
+                    told.add((cell, place))
                     if cell >= first:
                         assert cell in places.cells[number, place]
         # Two texts can have a letter of the same place in one cell, which tells one of them.
-        assert all(places.text.reshape(-1, MAX_TEXT_LENGTH)[own] in ids for own, ids in told.items())
+        assert all(places.text.reshape(-1, MAX_TEXT_LENGTH)[own] in possible[own] for own in told)
         num_compared += len(told)
     assert num_compared > 20
 
