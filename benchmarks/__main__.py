@@ -25,7 +25,8 @@ from benchmarks.profiling import format_profile, profile
 from benchmarks.results import Figure, figures_as_json, format_table
 from benchmarks.turns import measure_turns
 from deepseek_vl2 import __version__
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.models.cpu_features import has_fast_bfloat16
+from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import load_pretrained_model, resolve_device, resolve_dtype
 from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, parameters_by_part
@@ -129,7 +130,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         resolve_dtype(options.dtype)
     num_threads = set_threads(options.threads)
     find_model(options)
-    limits = Limits(device, torch.bfloat16, options.buffer_mib, options.product_side)
+    product_dtype = torch.float32 if device.type == "cpu" and not has_fast_bfloat16() else torch.bfloat16
+    limits = Limits(device, product_dtype, options.buffer_mib, options.product_side)
     figures: list[Figure] = []
     if LOAD in options.parts:
         figures += measure_load(options, limits, num_threads, options.repeats)
@@ -183,14 +185,11 @@ def describe_machine(device: torch.device, num_threads: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options = parse_arguments(arguments)
-    try:
-        result = run(options)
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
-        return 2
+    return run_command(PROGRAM, lambda: _run_and_tell(options), MORE_MEMORY)
+
+
+def _run_and_tell(options: argparse.Namespace) -> int:
+    result = run(options)
     machine = result["machine"]
     given = machine["OMP_NUM_THREADS"] or "not set"
     print(f"\n{machine['threads']} threads (OMP_NUM_THREADS: {given}), {machine['device']}")

@@ -27,7 +27,7 @@ LARGE_BYTES = 10_000_000_000
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `load_pretrained_model` that the command line asks for."""
     keywords = {"path": options.model_path, "dtype": options.dtype, "device": options.device}
-    return keywords | ({"quantize": options.quantize} if options.quantize else {})
+    return keywords | {"quantize": options.quantize, "pack": options.pack}
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="type of the weights; default: what suits the device")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="store weights in fewer bits")
+    parser.add_argument("--pack", action="store_true", help="reorder weights for the CPU, as servers and batch runs do")
     parser.add_argument("--threads", type=int, help="threads; default: what suits the machine, or OMP_NUM_THREADS")
 
 
@@ -67,6 +68,7 @@ def _load_in_a_process(options: argparse.Namespace, num_threads: int) -> dict[st
     for name in ("dtype", "quantize"):
         value = getattr(options, name)
         command += [f"--{name}", value] if value else []
+    command += ["--pack"] if options.pack else []
     environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads))
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -63,11 +63,14 @@ def _status(name: str) -> int | None:
 
 
 def weight_bytes_by_part(model: nn.Module) -> dict[str, int]:
-    """Bytes that the parameters and buffers of each part take, as they are stored."""
+    """Bytes that the parameters, buffers and packed weights of each part take, as they are stored."""
     counts = Counter(dict.fromkeys(PARTS, 0))
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
             counts[part_of(name)] += tensor.nbytes
+    for name, module in model.named_modules():
+        for weight, parts in getattr(module, "packed", {}).items():
+            counts[part_of(f"{name}.{weight}")] += sum(part.numel() * part.element_size() for part in parts)
     return dict(counts)
 
 

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from deepseek_vl2 import __version__
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
 from deepseek_vl2.utils.checkpoint_files import check_weight_files
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
 from deepseek_vl2.utils.io import resolve_model_path
 from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, cache_bytes_per_token, published_config, weight_bytes
@@ -232,11 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model_path", help="also check this model: 'nano', a checkpoint folder or a name on the hub")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args(arguments)
-    try:
-        report = diagnose(options.model_path)
-    except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    return run_command(PROGRAM, lambda: _diagnose_and_tell(options))
+
+
+def _diagnose_and_tell(options: argparse.Namespace) -> int:
+    report = diagnose(options.model_path)
     print(json.dumps(report, ensure_ascii=False) if options.json else format_report(report))
     return 1 if report.get("model", {}).get("problems") else 0
 

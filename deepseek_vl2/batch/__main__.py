@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from deepseek_vl2 import __version__
 from deepseek_vl2.batch.answering import AnswerOptions, ModelOptions
 from deepseek_vl2.batch.engines import Job, run_here
@@ -24,12 +22,13 @@ from deepseek_vl2.batch.record_file import RECORDS_FILE, RecordFile, drop_failed
 from deepseek_vl2.batch.sources import Source, open_source
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.inference import sampling_options
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.io import DTYPES, dtype_name, resolve_device
 from deepseek_vl2.utils.run_folder import SETTINGS_FILE, begin_or_resume, folder_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.batch"
 RUN_FOLDER_SUFFIX = ".run"
+INTERRUPTED = "interrupted; the same command goes on where it stopped"
 MORE_MEMORY = "a smaller --batch_size or --token_budget, or --chunk_size 512; the run goes on where it stopped"
 _AT_LEAST_ONE = ("batch_size", "token_budget", "window", "readers", "pdf_dpi", "workers", "max_workers", "limit")
 
@@ -217,14 +216,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; prints one line of JSON. Returns the exit code."""
     options = parse_arguments(arguments)
-    try:
-        summary = run(options)
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
-        return 2
+    return run_command(PROGRAM, lambda: _run_and_tell(options), MORE_MEMORY, INTERRUPTED)
+
+
+def _run_and_tell(options: argparse.Namespace) -> int:
+    summary = run(options)
     print(json.dumps(summary, ensure_ascii=False))
     if summary["num_failed"]:
         print(

@@ -31,7 +31,7 @@ class ModelOptions:
             ValueError: an option does not fit.
             ImportError: an adapter is given and peft is not installed.
         """
-        return load_pretrained_model(self.model_path, self.dtype, self.device, self.adapter)
+        return load_pretrained_model(self.model_path, self.dtype, self.device, self.adapter, pack=True)
 
 
 @dataclass(frozen=True)

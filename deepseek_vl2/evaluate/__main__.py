@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepseek_vl2 import __version__
 from deepseek_vl2.evaluate.predictions import PREDICTIONS_FILE
 from deepseek_vl2.evaluate.readers import BOX_FORMATS, FORMATS, choose_format, read_samples
@@ -23,7 +21,7 @@ from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
 from deepseek_vl2.utils.data_files import write_whole
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, dtype_name, load_pretrained_model, resolve_device
 from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, model_digest
@@ -31,6 +29,7 @@ from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, model_di
 PROGRAM = "python -m deepseek_vl2.evaluate"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+INTERRUPTED = "interrupted; the same command goes on where it stopped"
 MORE_MEMORY = "a smaller --batch_size, --chunk_size 512 or --device cpu"
 
 
@@ -89,7 +88,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     begin_or_resume(options.output, settings, PREDICTIONS_FILE)
     use_chosen_num_threads()
-    loaded = load_pretrained_model(options.model_path, settings["dtype"], options.device, quantize=options.quantize)
+    loaded = load_pretrained_model(
+        options.model_path, settings["dtype"], options.device, quantize=options.quantize, pack=True
+    )
     asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
@@ -150,14 +151,11 @@ def leave_out(samples: Sequence[Sample], problems: Sequence[BadEntry], skip_bad:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; prints a table, then one line of JSON. Returns the exit code."""
     options = parse_arguments(arguments)
-    try:
-        results = evaluate(options)
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
-        return 2
+    return run_command(PROGRAM, lambda: _evaluate_and_tell(options), MORE_MEMORY, INTERRUPTED)
+
+
+def _evaluate_and_tell(options: argparse.Namespace) -> int:
+    results = evaluate(options)
     print(f"{results['task']}: {results['metric']}, report in {options.output / REPORT_FILE}")
     print(format_table(results))
     summary = {"task": results["task"], "metric": results["metric"], **results["overall"]}

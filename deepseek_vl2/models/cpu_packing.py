@@ -1,4 +1,4 @@
-"""bfloat16 weights in oneDNN's blocked layout, which a CPU reads about twice as fast as rows when it decodes.
+"""Weights in oneDNN's blocked layout, which a CPU reads up to twice as fast as rows when it decodes.
 
 `pack_weights` exchanges the linear layers and experts of a model that only answers. The packed weights take the place
 of the plain ones, so memory stays what it was; `state_dict`, `to`, `copy.deepcopy` and pickling see plain weights.
@@ -6,7 +6,7 @@ of the plain ones, so memory stays what it was; `state_dict`, `to`, `copy.deepco
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .modeling_deepseek import DeepseekV2Experts
+from .sorted_experts import SortedExperts
 
 logger = logging.getLogger(__name__)
 
 # Layers whose weight is read elsewhere, too: absorbed attention takes the up-projection of the latent apart.
 UNPACKED_LAYERS = ("kv_b_proj",)
-# The operators of torch that packing rests on are not public; they are tried out before each use in a process.
+# The operators of torch that packing rests on are not public; they are tried out before each use in a process, with
+# each type of weights, and may be off by so much.
 _SELF_TEST_SHAPE = (48, 80)
-_SELF_TEST_TOLERANCE = 2e-2
+_SELF_TEST_TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -40,31 +42,34 @@ def _packed_linear(
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
-@lru_cache(maxsize=1)
-def is_packing_supported() -> bool:
-    """Whether this CPU and this torch run packed weights, and right; a failure is logged once."""
+@cache
+def is_packing_supported(dtype: torch.dtype) -> bool:
+    """Whether this CPU and this torch run packed weights of a type, and right; a failure is logged once."""
+    if dtype not in _SELF_TEST_TOLERANCES:
+        return False
     operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_SELF_TEST_SHAPE, generator=generator).bfloat16()
-    rows = torch.randn(3, _SELF_TEST_SHAPE[1], generator=generator).bfloat16()
+    weight = torch.randn(_SELF_TEST_SHAPE, generator=generator).to(dtype)
+    rows = torch.randn(3, _SELF_TEST_SHAPE[1], generator=generator).to(dtype)
     expected = F.gelu(F.linear(rows.float(), weight.float()), approximate="tanh")
     try:
         found = _packed_linear(rows, _pack(weight), None, "gelu_tanh").float()
     except RuntimeError as error:
-        logger.warning("bfloat16 weights are not packed, torch's operators for it fail here: %s", error)
+        logger.warning("%s weights are not packed, torch's operators for it fail here: %s", dtype, error)
         return False
-    if not torch.allclose(found, expected, rtol=_SELF_TEST_TOLERANCE, atol=_SELF_TEST_TOLERANCE):
-        logger.warning("bfloat16 weights are not packed, torch's operators for it give wrong results here.")
+    tolerance = _SELF_TEST_TOLERANCES[dtype]
+    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+        logger.warning("%s weights are not packed, torch's operators for it give wrong results here.", dtype)
         return False
     return True
 
 
 def _is_packable(weight: torch.Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return weight.device.type == "cpu" and is_packing_supported(weight.dtype)
 
 
 class _PackedModule(nn.Module):
@@ -73,8 +78,8 @@ class _PackedModule(nn.Module):
     They are no parameters, whose storage torch would ask for; what saves, copies or moves the module gets plain ones.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.packed: dict[str, list[torch.Tensor]] = {}
 
     def _unpacked(self, name: str) -> torch.Tensor:
@@ -88,8 +93,11 @@ class _PackedModule(nn.Module):
             self.register_parameter(name, weight)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "_PackedModule":
-        if self.packed and not _is_packable(fn(torch.empty(1, dtype=torch.bfloat16))):
-            self._unpack()
+        if self.packed:
+            dtype = next(iter(self.packed.values()))[0].dtype
+            probe = fn(torch.empty(1, dtype=dtype))
+            if probe.device.type != "cpu" or probe.dtype != dtype:
+                self._unpack()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -113,7 +121,7 @@ class PackedLinear(_PackedModule):
     """A linear layer with a packed weight, and the activation behind it.
 
     Args:
-        linear: The layer; its weight is bfloat16 and on the CPU.
+        linear: The layer; its weight is on the CPU and of a type that is supported.
         activation: "gelu_tanh", or "none".
     """
 
@@ -139,42 +147,23 @@ class PackedLinear(_PackedModule):
         return F.gelu(output, approximate="tanh") if self.activation == "gelu_tanh" else output
 
 
-class PackedExperts(_PackedModule):
-    """`DeepseekV2Experts` with packed weights; every expert that is hit is read once, whatever the number of tokens."""
+class PackedExperts(_PackedModule, SortedExperts):
+    """`DeepseekV2Experts` with packed weights."""
 
     def __init__(self, experts: DeepseekV2Experts) -> None:
-        super().__init__()
-        self.num_experts = experts.num_experts
-        self.act_fn = experts.act_fn
+        super().__init__(experts)
         for name in ("gate_up_proj", "down_proj"):
             self.packed[name] = self._packed_parts(getattr(experts, name))
 
     def _unpacked(self, name: str) -> torch.Tensor:
         return torch.stack([part.to_dense() for part in self.packed[name]])
 
-    def _project(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
-        if self.packed and not (torch.is_grad_enabled() and x.requires_grad):
-            return _packed_linear(x, self.packed[name][expert])
+    def project(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        """See `SortedExperts.project`."""
+        if self.packed and not (torch.is_grad_enabled() and rows.requires_grad):
+            return _packed_linear(rows, self.packed[name][expert])
         weight = self.packed[name][expert].to_dense() if self.packed else getattr(self, name)[expert]
-        return F.linear(x, weight)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """See `DeepseekV2Experts.forward`."""
-        order = top_k_index.flatten().argsort(stable=True)
-        rows = hidden_states[order // top_k_index.shape[1]]  # [N * k, D], those of one expert beside each other
-        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-        hit = [expert for expert, count in enumerate(counts) if count]
-
-        def project(rows: torch.Tensor, name: str) -> torch.Tensor:
-            parts = rows.split([counts[expert] for expert in hit])
-            return torch.cat([self._project(part, name, expert) for part, expert in zip(parts, hit, strict=True)])
-
-        gate, up = project(rows, "gate_up_proj").chunk(2, dim=-1)
-        outputs = project(self.act_fn(gate) * up, "down_proj")
-        outputs = torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, top_k_index.shape)
-        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+        return F.linear(rows, weight)
 
 
 def _packable_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -194,9 +183,9 @@ def _packable_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modu
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Packs all bfloat16 weights on the CPU that linear layers and experts hold, in place and one after the other.
+    """Packs all weights on the CPU that linear layers and experts hold, in place and one after the other.
 
-    A packed model answers; it does not train. Nothing is changed where packing is not supported.
+    A packed model answers; it does not train. Weights of types for which packing is not supported stay as they are.
 
     Args:
         model: The model, in `eval` mode.
@@ -209,8 +198,6 @@ def pack_weights(model: nn.Module) -> int:
     """
     if model.training:
         raise ValueError("A packed model does not train: call model.eval() first, or leave it unpacked.")
-    if not is_packing_supported():
-        return 0
     layers = list(_packable_layers(model))
     for parent, name, layer in tqdm(layers, desc="Packing", unit="layer", leave=False, disable=None):
         activation = "none"

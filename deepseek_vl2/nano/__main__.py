@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 from deepseek_vl2.nano.train import NanoTrainer, TrainingSettings
+from deepseek_vl2.utils.errors import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; a run that was stopped goes on where its last saved state is.
 
     Returns:
-        The exit code: 0, or 2 after an error that the user can mend.
+        The exit code: 0, 2 after an error that the user can mend, 130 when interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano", description="Train nano.")
     parser.add_argument("--folder", type=Path, default=Path("runs/nano"), help="states and log; default: runs/nano")
@@ -34,13 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
         TrainingSettings.of_growth(options.start_from, **numbers) if options.start_from else TrainingSettings(**numbers)
     ).scaled(options.share)
     checkpoint = options.checkpoint or options.folder / "checkpoint"
-    try:
-        trainer = NanoTrainer(settings, options.folder)
-        trainer.run()
-        trainer.save_checkpoint(checkpoint)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command(
+        parser.prog,
+        lambda: _train(settings, options.folder, checkpoint),
+        interrupted="interrupted; the same command goes on from the last saved state",
+    )
+
+
+def _train(settings: TrainingSettings, folder: Path, checkpoint: Path) -> int:
+    trainer = NanoTrainer(settings, folder)
+    trainer.run()
+    trainer.save_checkpoint(checkpoint)
     print(f"nano is saved in {checkpoint}. Measure it: python -m deepseek_vl2.nano.evaluate --model_path {checkpoint}")
     return 0
 

@@ -20,7 +20,7 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.nano.questions import Example
 from deepseek_vl2.nano.several import beginning_of
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import USER_ERRORS, run_command
 from deepseek_vl2.utils.io import DTYPES
 
 PROGRAM = "python -m deepseek_vl2.nano.evaluate"
@@ -170,18 +170,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; prints a table, then one line of JSON.
 
     Returns:
-        The exit code: 0, or 2 after an error that the user can mend.
+        The exit code: 0, 2 after an error that the user can mend, 130 when interrupted.
     """
     options = parse_arguments(arguments)
+    return run_command(PROGRAM, lambda: _measure_and_tell(options), errors=(*USER_ERRORS, RuntimeError))
+
+
+def _measure_and_tell(options: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {}
-    try:
-        for task in options.tasks:
-            results |= measure(options, task)
-        for card in options.card:
-            update_card(card, format_rows(results))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    for task in options.tasks:
+        results |= measure(options, task)
+    for card in options.card:
+        update_card(card, format_rows(results))
     print(format_rows(results))
     print(json.dumps({name: result["overall"] for name, result in results.items()}))
     return 0

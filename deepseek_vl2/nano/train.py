@@ -44,8 +44,8 @@ STAGES = ("views", "letters", "answers", "together")
 LOG_EVERY = 20
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 64.0
-GROWN_LETTERS_BATCHES = 350
-GROWN_TOGETHER_BATCHES = 900
+GROWN_LETTERS_BATCHES = 250
+GROWN_TOGETHER_BATCHES = 750
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from deepseek_vl2.evaluate.metrics import match_boxes
 from deepseek_vl2.serve.grounding import read_grounding
 from deepseek_vl2.serve.inference import deepseek_generate
 from deepseek_vl2.utils.data_files import write_whole
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import USER_ERRORS, run_command
 from deepseek_vl2.utils.io import DTYPES, LoadedModel, load_image, load_pretrained_model
 
 PROGRAM = "python -m deepseek_vl2.serve.compare"
@@ -196,13 +196,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison; returns its exit code."""
     options = parse_arguments(arguments)
-    try:
-        result = compare(options)
-        if options.output is not None:
-            write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{PROGRAM}: error: {describe_error(error)}", file=sys.stderr)
-        return 2
+    return run_command(PROGRAM, lambda: _compare_and_tell(options), errors=(*USER_ERRORS, RuntimeError))
+
+
+def _compare_and_tell(options: argparse.Namespace) -> int:
+    result = compare(options)
+    if options.output is not None:
+        write_whole(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for difference in result["differences"][:NUM_SHOWN]:
         print(f"{difference['picture']}\n  library:  {difference['library']}\n  endpoint: {difference['endpoint']}")
     if len(result["differences"]) > NUM_SHOWN:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model
 
 
@@ -43,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help="folder for the merged model")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: auto, the model's own")
     options = parser.parse_args(arguments)
-    try:
-        merge(options.model_path, options.adapter, options.output, options.dtype)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command(parser.prog, lambda: _merge_and_tell(options))
+
+
+def _merge_and_tell(options: argparse.Namespace) -> int:
+    merge(options.model_path, options.adapter, options.output, options.dtype)
     print(f"The merged model is saved in {options.output}. Ask it: python inference.py --model_path {options.output}")
     return 0
 

@@ -148,6 +148,7 @@ def load_pretrained_model(
     device: str | torch.device = "auto",
     adapter: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
+    pack: bool = False,
     **model_options: Any,
 ) -> LoadedModel:
     """Load a model for inference, with its processor and tokenizer.
@@ -159,6 +160,8 @@ def load_pretrained_model(
         adapter: folder of an adapter that was trained on this model; it is merged into the weights.
         quantize: `"int8"` or `"int4"` to hold the weights in fewer bits, None to hold them as the checkpoint does. On
             the CPU that is `deepseek_vl2.models.WeightOnlyConfig`, on CUDA bitsandbytes, which leaves the experts.
+        pack: whether to reorder the weights on the CPU, see `deepseek_vl2.models.cpu_packing`: that takes a moment, and
+            answers come faster from then on. Such a model cannot be trained.
         model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`, or a
             `distributed_config` for processes that share the model.
 
@@ -215,7 +218,12 @@ def load_pretrained_model(
     _check_loading(info, folder)
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    return LoadedModel(processor.tokenizer, processor, model.eval())
+    model.eval()
+    if pack and quantize is None and _is_on_cpu(model_options["device_map"]):
+        from deepseek_vl2.models.cpu_packing import pack_weights
+
+        pack_weights(model)
+    return LoadedModel(processor.tokenizer, processor, model)
 
 
 def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_deepseek import DeepseekV2Experts
+from ..sorted_experts import SortedExperts
 from . import kernels, packing
 from .config import WeightFormat, WeightOnlyConfig
 
@@ -63,11 +64,10 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.weight_format}"
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(SortedExperts):
     """The routed experts with quantised weights.
 
-    Tokens are sorted by expert and each expert that was chosen is read once, whether for one token or for hundreds; how
-    its product is computed depends on their number, see `kernels.linear`.
+    How a product is computed depends on the number of tokens that chose the expert, see `kernels.linear`.
     """
 
     gate_up_proj: torch.Tensor
@@ -76,9 +76,7 @@ class QuantizedExperts(nn.Module):
     down_proj_scales: torch.Tensor
 
     def __init__(self, experts: DeepseekV2Experts, config: WeightOnlyConfig) -> None:
-        super().__init__()
-        self.num_experts = experts.num_experts
-        self.act_fn = experts.act_fn
+        super().__init__(experts)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.formats: dict[str, WeightFormat] = {}
         for name in EXPERT_WEIGHTS:
@@ -94,27 +92,10 @@ class QuantizedExperts(nn.Module):
     ) -> torch.Tensor:
         """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
         refuse_training(self, hidden_states)
-        num_tokens, top_k = top_k_index.shape
-        order = top_k_index.flatten().argsort(stable=True)
-        token_of_row = order // top_k
-        rows = hidden_states[token_of_row]  # [N * k, D], sorted by expert
-        outputs = torch.empty_like(rows)
-        weights = top_k_weights.flatten()[order, None]
-        start = 0
-        for expert, count in enumerate(top_k_index.flatten().bincount(minlength=self.num_experts).tolist()):
-            if count:
-                part = slice(start, start + count)
-                outputs[part] = self._run(expert, rows[part]) * weights[part]
-                start += count
-        unsorted = torch.empty_like(outputs)
-        unsorted[order] = outputs
-        return unsorted.view(num_tokens, top_k, -1).sum(dim=1)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
-    def _run(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        gate, up = self._product(rows, "gate_up_proj", expert).chunk(2, dim=-1)
-        return self._product(self.act_fn(gate) * up, "down_proj", expert)
-
-    def _product(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+    def project(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        """See `SortedExperts.project`."""
         weight, scales = getattr(self, name)[expert], getattr(self, name + SCALES)[expert]
         return kernels.linear(rows, weight, scales, self.formats[name], self.shapes[name][1])
 

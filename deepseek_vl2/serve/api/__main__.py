@@ -105,7 +105,7 @@ def serve(options: argparse.Namespace) -> None:
         from deepseek_vl2.serve.api.settings import ServerSettings
         from deepseek_vl2.utils.io import load_pretrained_model
 
-        loaded = load_pretrained_model(options.model_path, options.dtype, options.device)
+        loaded = load_pretrained_model(options.model_path, options.dtype, options.device, pack=True)
         max_open = options.max_batch + options.max_waiting
         settings = ServerSettings(
             model_name=options.served_model_name or model_name(options.model_path),

@@ -78,7 +78,7 @@ def load_answerer(
     use_chosen_num_threads()
     with _reported(lambda fraction: set_state(LoadState(WEIGHTS, fraction))):
         loaded = load_pretrained_model(
-            options.path, dtype=options.dtype, device=options.device, quantize=options.quantize
+            options.path, dtype=options.dtype, device=options.device, quantize=options.quantize, pack=True
         )
     return ModelAnswerer(loaded, limits, folder, options.max_cache_bytes)
 

@@ -21,12 +21,19 @@ def untested():
     is_packing_supported.cache_clear()
 
 
-def plain_model(variant: str = "small") -> DeepseekVLV2ForCausalLM:
-    return seeded(DeepseekVLV2ForCausalLM, vl_config(VARIANTS[variant])).to(torch.bfloat16)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    if request.param == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no AVX512, on which oneDNN's products in bfloat16 rest")
+    return request.param
 
 
-def packed_model(variant: str = "small") -> DeepseekVLV2ForCausalLM:
-    model = plain_model(variant)
+def plain_model(dtype: torch.dtype, variant: str = "small") -> DeepseekVLV2ForCausalLM:
+    return seeded(DeepseekVLV2ForCausalLM, vl_config(VARIANTS[variant])).to(dtype)
+
+
+def packed_model(dtype: torch.dtype, variant: str = "small") -> DeepseekVLV2ForCausalLM:
+    model = plain_model(dtype, variant)
     assert pack_weights(model) > 0
     return model
 
@@ -38,17 +45,20 @@ def is_same(first: nn.Module, second: nn.Module) -> bool:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_logits_are_those_of_the_plain_model(variant):
+def test_logits_are_those_of_the_plain_model(dtype, variant):
     inputs = make_inputs([(2, 1)])
-    exact = plain_model(variant).float()(**inputs).logits
-    plain = plain_model(variant)(**inputs).logits.float()
-    packed = packed_model(variant)(**inputs).logits.float()
+    exact = plain_model(torch.float32, variant)(**inputs).logits
+    packed = packed_model(dtype, variant)(**inputs).logits.float()
+    if dtype == torch.float32:
+        torch.testing.assert_close(packed, exact)
+        return
+    plain = plain_model(dtype, variant)(**inputs).logits.float()
     # Both round on the way, in different places: neither is farther from the exact numbers than the other by much.
     assert (packed - exact).norm() < 1.2 * (plain - exact).norm()
 
 
-def test_every_layer_is_packed_but_those_read_elsewhere():
-    model = plain_model("small")
+def test_every_layer_is_packed_but_those_read_elsewhere(dtype):
+    model = plain_model(dtype)
     num_linear = sum(type(layer) is nn.Linear for layer in model.modules())
     num_experts = sum(isinstance(layer, DeepseekV2Experts) for layer in model.modules())
     assert num_experts == 2
@@ -60,14 +70,14 @@ def test_every_layer_is_packed_but_those_read_elsewhere():
     assert all(isinstance(block.mlp.act, nn.Identity) for block in model.vision.blocks)
 
 
-def test_a_tied_output_layer_stays():
-    model = seeded(DeepseekV2ForCausalLM, language_config(tie_word_embeddings=True)).to(torch.bfloat16)
+def test_a_tied_output_layer_stays(dtype):
+    model = seeded(DeepseekV2ForCausalLM, language_config(tie_word_embeddings=True)).to(dtype)
     pack_weights(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_keys_and_bits_survive_saving_copying_and_pickling(tmp_path):
-    plain, packed = plain_model("base"), packed_model("base")
+def test_keys_and_bits_survive_saving_copying_and_pickling(tmp_path, dtype):
+    plain, packed = plain_model(dtype, "base"), packed_model(dtype, "base")
     assert is_same(packed, plain)
     assert is_same(copy.deepcopy(packed), plain)
     assert isinstance(copy.deepcopy(packed).language.lm_head, PackedLinear)
@@ -78,46 +88,47 @@ def test_keys_and_bits_survive_saving_copying_and_pickling(tmp_path):
 
 
 @torch.no_grad()
-def test_another_type_makes_weights_plain_again():
+def test_another_type_makes_weights_plain_again(dtype):
     inputs = make_inputs([(1, 1)])
-    packed = packed_model()
-    assert packed.to(torch.bfloat16).language.lm_head.packed  # nothing changes, nothing is unpacked
-    exact = plain_model().float()
-    widened = packed.float()
-    assert is_same(widened, exact)
-    torch.testing.assert_close(widened(**inputs).logits, exact(**inputs).logits)
+    packed = packed_model(dtype)
+    assert packed.to(dtype).language.lm_head.packed  # nothing changes, nothing is unpacked
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    plain, packed = plain_model(dtype).to(other), packed.to(other)
+    assert not packed.language.lm_head.packed and is_same(packed, plain)
+    torch.testing.assert_close(packed(**inputs).logits, plain(**inputs).logits)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 40])
 @torch.no_grad()
-def test_experts_equal_the_plain_loop(num_tokens):
-    experts = seeded(DeepseekV2Experts, language_config()).to(torch.bfloat16)
+def test_experts_equal_the_plain_loop(dtype, num_tokens):
+    experts = seeded(DeepseekV2Experts, language_config()).to(dtype)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(num_tokens, 48, generator=generator).bfloat16()
+    hidden = torch.randn(num_tokens, 48, generator=generator).to(dtype)
     scores = torch.rand(num_tokens, 12, generator=generator)
     weights, indices = scores.topk(3)
     exact = copy.deepcopy(experts).float()(hidden.float(), indices, weights)
     found = PackedExperts(experts)(hidden, indices, weights)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), exact, atol=0.03 * float(exact.abs().max()), rtol=0.02)
+    assert found.dtype == dtype
+    rtol = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.float(), exact, atol=rtol * float(exact.abs().max()), rtol=rtol)
 
 
 @torch.no_grad()
-def test_each_hit_expert_is_read_once(monkeypatch):
-    experts = PackedExperts(seeded(DeepseekV2Experts, language_config()).to(torch.bfloat16))
+def test_each_hit_expert_is_read_once(monkeypatch, dtype):
+    experts = PackedExperts(seeded(DeepseekV2Experts, language_config()).to(dtype))
     calls = []
-    original = experts._project
-    monkeypatch.setattr(experts, "_project", lambda x, name, expert: calls.append(expert) or original(x, name, expert))
+    original = experts.project
+    monkeypatch.setattr(experts, "project", lambda x, name, expert: calls.append(expert) or original(x, name, expert))
     indices = torch.tensor([[3, 7, 11], [3, 0, 7], [7, 3, 11], [3, 7, 0]])
-    experts(torch.randn(4, 48).bfloat16(), indices, torch.rand(4, 3))
-    assert calls == [0, 3, 7, 11] * 2  # once for each of the two projections
+    experts(torch.randn(4, 48).to(dtype), indices, torch.rand(4, 3))
+    assert calls == [0, 0, 3, 3, 7, 7, 11, 11]  # once for each of the two projections
 
 
-def test_gradients_pass_through():
-    layer = nn.Linear(24, 40).to(torch.bfloat16)
-    rows = torch.randn(3, 24).bfloat16().requires_grad_()
+def test_gradients_pass_through(dtype):
+    layer = nn.Linear(24, 40).to(dtype)
+    rows = torch.randn(3, 24).to(dtype).requires_grad_()
     layer(rows).float().square().sum().backward()
     expected, rows.grad = rows.grad, None
     PackedLinear(layer)(rows).float().square().sum().backward()
@@ -126,11 +137,13 @@ def test_gradients_pass_through():
 
 def test_a_training_model_is_refused():
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        pack_weights(plain_model().train())
+        pack_weights(plain_model(torch.float32).train())
 
 
-def test_float32_is_left_alone():
-    assert pack_weights(plain_model().float()) == 0
+def test_types_that_are_not_supported_are_left_alone(monkeypatch):
+    assert pack_weights(plain_model(torch.float64)) == 0
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert pack_weights(plain_model(torch.bfloat16)) == 0
 
 
 @pytest.mark.parametrize("failure", ["wrong", "raises"])
@@ -138,11 +151,11 @@ def test_operators_that_fail_are_announced_and_not_used(monkeypatch, caplog, fai
     def broken(*args):
         if failure == "raises":
             raise RuntimeError("no such primitive")
-        return torch.zeros(3, 48, dtype=torch.bfloat16)
+        return torch.zeros(3, 48)
 
     monkeypatch.setattr(cpu_packing, "_packed_linear", broken)
     with caplog.at_level(logging.WARNING):
-        assert pack_weights(plain_model()) == 0
-        assert pack_weights(plain_model()) == 0
+        assert pack_weights(plain_model(torch.float32)) == 0
+        assert pack_weights(plain_model(torch.float32)) == 0
     assert len(caplog.records) == 1
     assert ("no such primitive" if failure == "raises" else "wrong results") in caplog.text

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import describe_error, run_command
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,33 @@ def test_one_line(error, line):
 
 def test_memory_without_advice_keeps_its_own_words():
     assert describe_error(torch.OutOfMemoryError("CUDA out of\nmemory")) == "CUDA out of memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 7, ""),
+        (ValueError("two\nlines"), 2, "program: error: two lines\n"),
+        (ImportError("no peft"), 2, "program: error: no peft\n"),
+        (MemoryError(), 2, "program: error: there is not enough memory; try less\n"),
+        (KeyboardInterrupt(), 130, "\nprogram: stopped\n"),
+    ],
+)
+def test_a_command_ends_with_a_line_and_a_code(capsys, error, code, line):
+    def command():
+        if error is not None:
+            raise error
+        return 7
+
+    assert run_command("program", command, more_memory="less", interrupted="stopped") == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", line)
+
+
+def test_faults_of_the_program_pass_through_a_command():
+    def command():
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_command("program", command)
+    assert run_command("program", command, errors=(RuntimeError,)) == 2

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_vl2.utils import io
 from deepseek_vl2.utils.hardware import Choice
-from deepseek_vl2.utils.io import load_json, load_pretrained_model, resolve_device, resolve_dtype, resolve_model_path
+from deepseek_vl2.utils.io import (
+    dtype_name,
+    load_json,
+    load_pretrained_model,
+    resolve_device,
+    resolve_dtype,
+    resolve_model_path,
+)
 
 
 def test_load_json_gives_attributes_of_nested_objects(tmp_path):
@@ -185,15 +192,17 @@ def test_loader_returns_tokenizer_processor_model(checkpoint):
 def test_the_type_of_weights_is_chosen_by_hardware_unless_given(checkpoint, monkeypatch):
     asked = []
 
-    def choose(device, num_bytes):
-        asked.append((device, num_bytes))
+    def choose(device, num_bytes, quantize):
+        asked.append((device, num_bytes, quantize))
         return Choice(torch.float16, "a test")
 
     monkeypatch.setattr(io, "choose_dtype", choose)
     for name, size in (("model-1.safetensors", 3), ("model-2.safetensors", 4)):
         (checkpoint / name).write_bytes(b"x" * size)
     assert load_pretrained_model(checkpoint, device="cpu").model.weight.dtype == torch.float16
-    assert asked == [(torch.device("cpu"), 7)]
+    assert asked == [(torch.device("cpu"), 7, None)]
+    assert dtype_name(checkpoint, "cpu", "int8") == "float16"
+    assert asked.pop() == (torch.device("cpu"), 7, "int8")
     assert load_pretrained_model(checkpoint, torch.bfloat16, "cpu").model.weight.dtype == torch.bfloat16
     assert load_pretrained_model(checkpoint, "float32", "cpu").model.weight.dtype == torch.float32
     assert len(asked) == 1
@@ -306,6 +315,15 @@ def test_a_real_checkpoint_loads_and_runs(small_checkpoint):
     inputs = processor(prompt="Hello", force_batchify=True)
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_packed_model_gives_the_same_logits(small_checkpoint):
+    _, processor, plain = load_pretrained_model(small_checkpoint, "float32", "cpu")
+    packed = load_pretrained_model(small_checkpoint, "float32", "cpu", pack=True).model
+    assert type(packed.language.lm_head) is not type(plain.language.lm_head)
+    inputs = processor(prompt="Hello", force_batchify=True)
+    torch.testing.assert_close(packed(**inputs).logits, plain(**inputs).logits)
 
 
 def _copy_with_weights(folder, target, change):

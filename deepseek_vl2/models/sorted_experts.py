@@ -1,0 +1,49 @@
+"""The way of tokens through experts whose weights are held in a form of their own."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .modeling_deepseek import DeepseekV2Experts
+
+
+class SortedExperts(nn.Module):
+    """Stands in for `DeepseekV2Experts`; every expert that is hit is read once, whatever the number of tokens.
+
+    Args:
+        experts: What it stands in for; its weights are the subclass's concern.
+    """
+
+    def __init__(self, experts: DeepseekV2Experts) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.act_fn: Callable[[torch.Tensor], torch.Tensor] = experts.act_fn
+
+    def project(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        """Multiplies rows [n, K] by the weight [N, K] of an expert: [n, N].
+
+        Args:
+            rows: Of the tokens that chose this expert.
+            name: "gate_up_proj" or "down_proj".
+            expert: Number of the expert.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
+        order = top_k_index.flatten().argsort(stable=True)
+        rows = hidden_states[order // top_k_index.shape[1]]  # [N * k, D], those of one expert beside each other
+        outputs = torch.empty_like(rows)
+        start = 0
+        for expert, count in enumerate(top_k_index.flatten().bincount(minlength=self.num_experts).tolist()):
+            if count:
+                part = slice(start, start + count)
+                gate, up = self.project(rows[part], "gate_up_proj", expert).chunk(2, dim=-1)
+                outputs[part] = self.project(self.act_fn(gate) * up, "down_proj", expert)
+                start += count
+        outputs = torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, top_k_index.shape)
+        # Weights are float32, and so is the sum over the experts of a token.
+        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
