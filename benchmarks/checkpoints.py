@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.tokenizers import build_tokenizer
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2Processor
-from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, check_weight_files, read_header
+from deepseek_vl2.models.weight_headers import read_header
+from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, check_weight_files
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, checkpoint_shapes, published_config
 

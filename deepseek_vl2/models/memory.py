@@ -3,16 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .machine_limits import available_bytes
 from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
 from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
 from .quantization.packing import padded_rows
+from .weight_headers import read_header
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NO_LINEARS = ("embed_tokens", "gate")
@@ -38,8 +38,8 @@ def checkpoint_bytes(
     is_tied = _is_tied(Path(path))
     total = 0
     for name, shape, kind in _tensors(Path(path)):
-        if config and kind.endswith(("F16", "F32", "F64")) and _is_quantized(name, shape, is_tied):
-            total += _quantized_bytes(shape, config)
+        if config and kind.endswith(("F16", "F32", "F64")) and is_quantized(name, shape, is_tied):
+            total += quantized_bytes(shape, config)
         else:
             is_cast = dtype != "auto" and "F" in kind and not name.endswith(SCALES)
             total += math.prod(shape) * (dtype.itemsize if is_cast else _BYTES[kind])  # type: ignore[union-attr]
@@ -87,16 +87,20 @@ def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
         if not file.is_file():
             raise FileNotFoundError(f"the checkpoint lacks a file: {file}")
         try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    view = tensors.get_slice(name)
-                    yield name, view.get_shape(), view.get_dtype()
-        except SafetensorError as error:
+            header = read_header(file)
+        except ValueError as error:
             raise ValueError(f"the weights in {file} are broken or cut off: {error}") from error
+        yield from ((name, tensor["shape"], tensor["dtype"]) for name, tensor in header.items())
 
 
-def _is_quantized(name: str, shape: list[int], is_tied: bool) -> bool:
-    """Whether a tensor of that name is the weight of a layer that is quantised; the counterpart of `replace_layers`."""
+def is_quantized(name: str, shape: Sequence[int], is_tied: bool = False) -> bool:
+    """Whether a tensor of that name is the weight of a layer that is quantised; the counterpart of `replace_layers`.
+
+    Args:
+        name: In the model or in a checkpoint, where experts stand one by one.
+        shape: Of the tensor.
+        is_tied: Whether the output layer shares its weight with the embeddings.
+    """
     parts = name.split(".")
     if parts[-1] in EXPERT_WEIGHTS:
         return len(shape) == 3
@@ -104,7 +108,7 @@ def _is_quantized(name: str, shape: list[int], is_tied: bool) -> bool:
     return is_linear and not is_exact(name) and not (is_tied and parts[-2] == "lm_head")
 
 
-def _quantized_bytes(shape: list[int], config: WeightOnlyConfig) -> int:
+def quantized_bytes(shape: Sequence[int], config: WeightOnlyConfig) -> int:
     """Bytes of a quantised weight [..., N, K] with its scales.
 
     Experts are counted one by one, as they stand in files; fused and filled up together they may take a little less.

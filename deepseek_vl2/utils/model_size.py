@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from deepseek_vl2 import models
-from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, WeightOnlyConfig
+from deepseek_vl2.models.memory import is_quantized, quantized_bytes
+from deepseek_vl2.models.quantization import QUANTIZATIONS
 
 PUBLISHED_SIZES = ("tiny", "small", "base")
 PUBLISHED_CONFIGS = Path(models.__file__).parent / "published_configs"
 # What a weight of a linear layer takes, its share of the scales included: of int8 one scale a row, which rounds to
 # nothing; of int4 a scale and a zero in 16 bits for 64 weights.
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
-QUANTIZATIONS = ("int8", "int4")
 # Parts by what their checkpoint keys hold; the first that matches counts.
 _PARTS = (
     ("vision", r"^vision\."),
@@ -92,11 +93,6 @@ def active_weights_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
     return active
 
 
-def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether int8 and int4 store a weight in fewer bits: linear layers and experts, but not router and embeddings."""
-    return name.endswith(".weight") and len(shape) == 2 and part_of(name) not in ("router", "embeddings")
-
-
 def weight_bytes(config: DeepseekVLV2Config, weights: str) -> int:
     """Bytes of all weights.
 
@@ -104,11 +100,15 @@ def weight_bytes(config: DeepseekVLV2Config, weights: str) -> int:
         config: The model's.
         weights: A key of `BYTES_PER_WEIGHT`. What stays exact under int8 and int4 counts as bfloat16.
     """
-    exact = 2.0 if weights in QUANTIZATIONS else BYTES_PER_WEIGHT[weights]
-    total = 0.0
+    quantization = WeightOnlyConfig(QUANTIZATIONS[weights]) if weights in QUANTIZATIONS else None
+    exact = BYTES_PER_WEIGHT["bfloat16" if quantization else weights]
+    total = 0
     for name, shape in checkpoint_shapes(config).items():
-        total += math.prod(shape) * (BYTES_PER_WEIGHT[weights] if is_quantized(name, shape) else exact)
-    return round(total)
+        if quantization and is_quantized(name, shape):
+            total += quantized_bytes(shape, quantization)
+        else:
+            total += round(math.prod(shape) * exact)
+    return total
 
 
 def cache_bytes_per_token(config: DeepseekVLV2Config, bytes_per_number: int = 2) -> int:

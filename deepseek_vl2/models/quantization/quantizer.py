@@ -1,9 +1,9 @@
 """The part that transformers calls: replaces layers, quantises each weight as it is read, loads and saves."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..conversion_mapping import FuseExperts, experts_of_layer
 from ..mapped_files import MappedFiles
+from ..weight_headers import read_header
 from . import kernels, packing
 from .config import METHOD, WeightOnlyConfig
 from .layers import EXPERT_WEIGHTS, SCALES, QuantizedExperts, QuantizedModule, int4_weights, replace_layers
@@ -190,12 +191,10 @@ def check_is_complete(model: nn.Module, checkpoint_files: list[str]) -> None:
     found: dict[str, tuple[list[int], str]] = {}
     for file in checkpoint_files:
         try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
-                    view = tensors.get_slice(key)
-                    found[key] = (view.get_shape(), view.get_dtype())
-        except SafetensorError as error:
+            header = read_header(Path(file))
+        except ValueError as error:
             raise ValueError(f"The quantised checkpoint is broken or half written: {file}: {error}") from error
+        found |= {name: (tensor["shape"], tensor["dtype"]) for name, tensor in header.items()}
     types = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16"}
     wrong = [
         name

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, check_weight_files, read_header
+from deepseek_vl2.models.weight_headers import read_header
+from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, check_weight_files
 
 FIRST, SECOND = "model-1.safetensors", "model-2.safetensors"
 

@@ -5,13 +5,13 @@ import torch
 from small_models import VARIANTS, vl_config
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.memory import is_quantized
 from deepseek_vl2.utils.model_size import (
     PARTS,
     PUBLISHED_SIZES,
     active_weights_by_part,
     cache_bytes_per_token,
     checkpoint_shapes,
-    is_quantized,
     parameters_by_part,
     part_of,
     published_config,

@@ -1,0 +1,34 @@
+"""Headers of safetensors files: what tensors a file holds, without reading them."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+_LENGTH_BYTES = 8
+# As in the safetensors library: no header is longer.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: for each tensor its `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        ValueError: The file is cut off, longer than its header says, or no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(_LENGTH_BYTES)
+        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else size
+        if length > min(size, _MAX_HEADER_BYTES) - _LENGTH_BYTES:
+            raise ValueError(f"{file.name} is cut off or no safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file.name} is no safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    expected = _LENGTH_BYTES + length + end
+    if size != expected:
+        raise ValueError(f"{file.name} has {size} bytes, its header asks for {expected}: copy or download it again")
+    return header
