@@ -3,8 +3,11 @@
 import time
 from pathlib import Path
 
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
+
 ARTIFACTS = Path(__file__).parent / "artifacts"
-TIMEOUT = 60.0  # seconds; generous, for machines that do other work too
+TIMEOUT = 120.0  # seconds; generous, for machines that do other work too
+CLICK_TIMEOUT = 20.0  # seconds until a click that has done nothing is taken for lost
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 ANSWER = "#chat .bot .answer-details"
 WORDS = "#chat .message.bot:not(.html)"
@@ -81,11 +84,24 @@ class Visitor:
         self.send(text, *pictures)
         self.wait_for_answers(before + 1)
 
+    def click_example(self, number):
+        """Clicks an example, again if the page has not been listening yet, as a user would."""
+        example = self.page.locator("#chat button.example").nth(number)
+        example.click()
+        try:
+            self.page.wait_for_selector("#chat .message.user", timeout=CLICK_TIMEOUT * 1000)
+        except PlaywrightTimeoutError:
+            example.click()
+
     def wait_for_answers(self, count):
-        self.page.wait_for_function(
-            "([where, count]) => document.querySelectorAll(where).length === count", arg=[ANSWER, count]
-        )
-        self.page.wait_for_selector("#question .submit-button")
+        try:
+            self.page.wait_for_function(
+                "([where, count]) => document.querySelectorAll(where).length === count", arg=[ANSWER, count]
+            )
+            self.page.wait_for_selector("#question .submit-button")
+        except PlaywrightTimeoutError as error:
+            shown = self.page.locator("#chat").inner_text()
+            raise AssertionError(f"no answer {count} in time; shown: {shown!r}; errors: {self.errors}") from error
 
     def open_settings(self):
         self.page.locator("#settings button").first.click()

@@ -22,7 +22,7 @@ def test_every_example_is_answered_with_one_click(visit, demo, images, window):
     assert num_examples == len(demo._examples) >= 5
     visitor.shoot(f"{window}-first")
     for number in range(num_examples if window == "desktop" else 1):
-        page.locator("#chat button.example").nth(number).click()
+        visitor.click_example(number)
         visitor.wait_for_answers(1)
         shown = page.locator("#chat .user .pictures img")
         assert shown.count() == len(demo._examples[number].pictures)
