@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.cpu_features import cpu_bfloat16_support
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import SHAPE_QUESTIONS, AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
 from deepseek_vl2.nano.growth import grow_from
@@ -31,7 +32,6 @@ from deepseek_vl2.nano.muon import Muon
 from deepseek_vl2.nano.questions import make_count
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 from deepseek_vl2.nano.tokenizer import number_token_ids
-from deepseek_vl2.utils.hardware import cpu_bfloat16_support
 
 logger = logging.getLogger(__name__)
 

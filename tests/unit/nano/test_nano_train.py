@@ -270,3 +270,24 @@ def test_command_says_in_one_line_that_a_state_does_not_fit(undisturbed, capsys)
     assert command.main(["--folder", str(undisturbed[0])]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "error:" in lines[0] and "other settings" in lines[0]
+
+
+def test_growing_starts_from_an_earlier_edition_and_takes_the_shorter_way(tmp_path, monkeypatch):
+    earlier = NanoTrainer(small_settings(seed=5), tmp_path / "earlier")
+    earlier.save_checkpoint(tmp_path / "checkpoint")
+    settings = TrainingSettings.of_growth(tmp_path / "checkpoint", num_threads=1, tokens_a_row=60)
+    stages = {name: replace(getattr(settings.scaled(1e-9), name), batch_size=4) for name in STAGES}
+    _, learnt, snapshots = run(tmp_path / "run", monkeypatch, settings=replace(settings, **stages))
+    assert learnt == ["letters", "together"]
+    for name, tensor in snapshots[0].items():
+        torch.testing.assert_close(tensor, weights(earlier)[name].bfloat16().float())
+
+
+@pytest.mark.parametrize(("support", "dtype"), [("native", torch.bfloat16), ("none", torch.float32)])
+def test_products_are_of_the_type_that_the_cpu_is_fast_in(tmp_path, monkeypatch, support, dtype):
+    monkeypatch.setattr(train, "cpu_bfloat16_support", lambda: support)
+    trainer, seen = NanoTrainer(small_settings(num_threads=1), tmp_path), []
+    trainer.load_state()
+    trainer.model.projector.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.step(next(trainer._batches()))
+    assert seen == [dtype] and trainer.optimizers[0].dtype == dtype
