@@ -40,6 +40,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: the first answers take minutes, later ones less"
+    )
     parser.add_argument("--share", action="store_true", help="open the page to the internet through gradio's servers")
     parser.add_argument(
         "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for a login; may be given repeatedly"
@@ -108,6 +111,7 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
+        compile=options.compile,
         chunk_size=options.chunk_size,
         concurrency=options.concurrency,
         max_image_mb=options.max_image_mb,

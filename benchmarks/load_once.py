@@ -27,7 +27,7 @@ LARGE_BYTES = 10_000_000_000
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `load_pretrained_model` that the command line asks for."""
     keywords = {"path": options.model_path, "dtype": options.dtype, "device": options.device}
-    return keywords | {"quantize": options.quantize, "pack": options.pack}
+    return keywords | {"quantize": options.quantize, "pack": options.pack, "compile": options.compile}
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="store weights in fewer bits")
     parser.add_argument("--pack", action="store_true", help="reorder weights for the CPU, as servers and batch runs do")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; the warm-up then takes minutes")
     parser.add_argument("--threads", type=int, help="threads; default: what suits the machine, or OMP_NUM_THREADS")
 
 

@@ -149,6 +149,7 @@ def load_pretrained_model(
     adapter: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
     pack: bool = False,
+    compile: bool = False,
     **model_options: Any,
 ) -> LoadedModel:
     """Load a model for inference, with its processor and tokenizer.
@@ -162,6 +163,7 @@ def load_pretrained_model(
             the CPU that is `deepseek_vl2.models.WeightOnlyConfig`, on CUDA bitsandbytes, which leaves the experts.
         pack: whether to reorder the weights on the CPU, see `deepseek_vl2.models.cpu_packing`: that takes a moment, and
             answers come faster from then on. Such a model cannot be trained.
+        compile: whether to use torch.compile, see `deepseek_vl2.models.compiling`; not together with `pack`.
         model_options: passed on to `DeepseekVLV2ForCausalLM.from_pretrained`, such as `attn_implementation`, or a
             `distributed_config` for processes that share the model.
 
@@ -178,6 +180,8 @@ def load_pretrained_model(
     from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor, check_memory, choose_quantization
 
     torch_dtype = None if dtype is None else resolve_dtype(dtype)
+    if compile and pack:
+        raise ValueError("packed weights cannot be compiled: give pack=True or compile=True, not both")
     if adapter is not None:
         if model_options.get("distributed_config") is not None:
             raise ValueError(
@@ -223,6 +227,10 @@ def load_pretrained_model(
         from deepseek_vl2.models.cpu_packing import pack_weights
 
         pack_weights(model)
+    if compile:
+        from deepseek_vl2.models.compiling import compile_towers
+
+        compile_towers(model)
     return LoadedModel(processor.tokenizer, processor, model)
 
 

@@ -36,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     add("--dtype", choices=DTYPES, help="default: what suits the device")
+    add("--compile", action="store_true", help="torch.compile: the first answers take minutes, later ones less")
     add("--chunk_size", type=int, default=-1, help="tokens of a prompt to read at once; default -1: all")
     add("--max_batch", type=int, default=8, help="answers at the same time; default: 8")
     add("--max_waiting", type=int, default=64, help="answers that may wait for their turn; default: 64")
@@ -105,7 +106,9 @@ def serve(options: argparse.Namespace) -> None:
         from deepseek_vl2.serve.api.settings import ServerSettings
         from deepseek_vl2.utils.io import load_pretrained_model
 
-        loaded = load_pretrained_model(options.model_path, options.dtype, options.device, pack=True)
+        loaded = load_pretrained_model(
+            options.model_path, options.dtype, options.device, pack=not options.compile, compile=options.compile
+        )
         max_open = options.max_batch + options.max_waiting
         settings = ServerSettings(
             model_name=options.served_model_name or model_name(options.model_path),

@@ -43,6 +43,7 @@ class ModelOptions(NamedTuple):
         device: where to run.
         max_cache_bytes: memory for the caches of conversations between their turns.
         quantize: `"int8"`, `"int4"`, or None for the weights as they are.
+        compile: whether to use torch.compile.
     """
 
     path: str
@@ -50,6 +51,7 @@ class ModelOptions(NamedTuple):
     device: str
     max_cache_bytes: int
     quantize: str | None = None
+    compile: bool = False
 
 
 class _Said(NamedTuple):
@@ -78,7 +80,12 @@ def load_answerer(
     use_chosen_num_threads()
     with _reported(lambda fraction: set_state(LoadState(WEIGHTS, fraction))):
         loaded = load_pretrained_model(
-            options.path, dtype=options.dtype, device=options.device, quantize=options.quantize, pack=True
+            options.path,
+            dtype=options.dtype,
+            device=options.device,
+            quantize=options.quantize,
+            pack=not options.compile,
+            compile=options.compile,
         )
     return ModelAnswerer(loaded, limits, folder, options.max_cache_bytes)
 

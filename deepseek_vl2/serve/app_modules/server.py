@@ -40,6 +40,7 @@ class ServerOptions:
         log_file: where the log goes, beside standard error.
         log_content: whether questions and answers are logged.
         quantize: `"int8"`, `"int4"`, or None for the weights as they are.
+        compile: whether to use torch.compile.
     """
 
     model_path: str
@@ -55,6 +56,7 @@ class ServerOptions:
     log_file: str | None = None
     log_content: bool = False
     quantize: str | None = None
+    compile: bool = False
 
 
 def build_demo(options: ServerOptions) -> Demo:
@@ -68,7 +70,12 @@ def build_demo(options: ServerOptions) -> Demo:
 
         max_cache_bytes = int(options.max_cache_mb * MEGABYTE)
         model = ModelOptions(
-            options.model_path, options.dtype, options.device, max_cache_bytes, quantize=options.quantize
+            options.model_path,
+            options.dtype,
+            options.device,
+            max_cache_bytes,
+            quantize=options.quantize,
+            compile=options.compile,
         )
         return load_answerer(model, limits, options.folder, set_state)
 

@@ -326,6 +326,14 @@ def test_a_packed_model_gives_the_same_logits(small_checkpoint):
     torch.testing.assert_close(packed(**inputs).logits, plain(**inputs).logits)
 
 
+def test_a_model_is_packed_or_compiled(small_checkpoint, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("deepseek_vl2.models.compiling.compile_towers", compiled.append)
+    with pytest.raises(ValueError, match="give pack=True or compile=True, not both"):
+        load_pretrained_model(small_checkpoint, "float32", "cpu", pack=True, compile=True)
+    assert compiled == [load_pretrained_model(small_checkpoint, "float32", "cpu", compile=True).model]
+
+
 def _copy_with_weights(folder, target, change):
     shutil.copytree(folder, target)
     weights = load_file(target / "model.safetensors")
