@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from batch_scenes import make_scenes, num_records, read_output, start_batch, summary_of
+from batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
 
 WORKER_NAME = "WindowWorker"
 
@@ -21,13 +21,8 @@ WORKER_NAME = "WindowWorker"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for pictures and outputs; must not hold any yet")
-    parser.add_argument("--count", type=int, default=2000, help="pictures; default: 2000")
-    parser.add_argument("--num_corrupt", type=int, default=100, help="of them cut off; default: 100")
+    add_run_arguments(parser, batch_size=16, window=64)
     parser.add_argument("--workers", type=int, default=2, help="default: 2")
-    parser.add_argument("--window", type=int, default=64, help="default: 64")
-    parser.add_argument("--batch_size", type=int, default=16, help="default: 16")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="default: 64")
     return parser.parse_args(arguments)
 
 

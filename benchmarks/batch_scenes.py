@@ -1,5 +1,6 @@
 """What the benchmarks of batch runs share: a folder of nano's scenes with their questions, and what to compare."""
 
+import argparse
 import json
 import os
 import random
@@ -13,6 +14,22 @@ from tqdm.auto import tqdm
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, example_at
 
 TASKS = ("locate", "count", "color", "describe")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, batch_size: int, window: int) -> None:
+    """Options of the scenes and of the runs over them.
+
+    Args:
+        parser: of the benchmark.
+        batch_size: its default.
+        window: its default.
+    """
+    parser.add_argument("--folder", type=Path, required=True, help="for pictures and outputs; must not hold any yet")
+    parser.add_argument("--count", type=int, default=2000, help="pictures; default: 2000")
+    parser.add_argument("--num_corrupt", type=int, default=100, help="of them cut off; default: 100")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help=f"default: {batch_size}")
+    parser.add_argument("--window", type=int, default=window, help=f"default: {window}")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="default: 64")
 
 
 def make_scenes(folder: Path, count: int, num_corrupt: int, seed: int = 0) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batch_scenes import make_scenes, num_records, read_output, start_batch, summary_of
+from batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
 
 from deepseek_vl2.utils.io import load_image, load_pretrained_model
 
@@ -31,14 +31,9 @@ MAX_GROWTH = 0.1
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for pictures and outputs; must not hold any yet")
-    parser.add_argument("--count", type=int, default=2000, help="pictures; default: 2000")
-    parser.add_argument("--num_corrupt", type=int, default=100, help="of them cut off; default: 100")
+    add_run_arguments(parser, batch_size=32, window=256)
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
     parser.add_argument("--loop_count", type=int, default=200, help="pictures of the loop; default: 200")
-    parser.add_argument("--batch_size", type=int, default=32, help="default: 32")
-    parser.add_argument("--window", type=int, default=256, help="default: 256")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="default: 64")
     parser.add_argument("--dtype", default="float32", help="default: float32, as nano is stored")
     parser.add_argument("--model_path", default="nano", help="default: nano")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills; default: 0")
