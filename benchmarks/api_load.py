@@ -1,7 +1,7 @@
 """Many clients for minutes against the server: no answer is lost or mixed up, memory stays flat.
 
-PYTHONPATH=. python benchmarks/api_load.py                      starts a server with nano, 50 clients for 5 minutes
-PYTHONPATH=. python benchmarks/api_load.py --url http://127.0.0.1:8000/v1 --model NAME --pid 1234
+python -m benchmarks.api_load                      starts a server with nano, 50 clients for 5 minutes
+python -m benchmarks.api_load --url http://127.0.0.1:8000/v1 --model NAME --pid 1234
 
 Every question is asked alone first. Then each client asks them in an order of its own, some as streams, and goes away
 in the midst of some, which must not block a place. The last line is the result as JSON. Exit code 1 if anything was

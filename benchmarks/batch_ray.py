@@ -1,6 +1,6 @@
 """Runs `python -m deepseek_vl2.batch --engine ray` with local workers, kills one, and compares with the local engine.
 
-python benchmarks/batch_ray.py --folder runs/ray                              2,000 scenes, 2 workers, 1 of them killed
+python -m benchmarks.batch_ray --folder runs/ray                              2,000 scenes, 2 workers, 1 of them killed
 
 Linux only: the workers are found in /proc, among the processes that the run itself has started.
 """
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
+from benchmarks.batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
 
 WORKER_NAME = "WindowWorker"
 

@@ -1,6 +1,6 @@
 """Measures `python -m deepseek_vl2.batch` against a loop that asks one picture after the other, and disturbs it.
 
-python benchmarks/batch_throughput.py --folder runs/batch                2,000 scenes, 100 of them cut off, 10 kills
+python -m benchmarks.batch_throughput --folder runs/batch                2,000 scenes, 100 of them cut off, 10 kills
 
 In turn: a loop over the first pictures; a run that nothing disturbs, with its memory; a run that is killed (SIGKILL) at
 random moments and started again each time. The outputs of both must be equal. Linux only: memory is read from /proc.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
 
+from benchmarks.batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
 from deepseek_vl2.utils.io import load_image, load_pretrained_model
 
 MIB = 2**20

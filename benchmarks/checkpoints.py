@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.tokenizers import build_tokenizer
+from benchmarks.sized_tokenizers import build_tokenizer
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2Processor
 from deepseek_vl2.models.weight_headers import read_header
 from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, check_weight_files

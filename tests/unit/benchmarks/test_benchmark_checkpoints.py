@@ -20,7 +20,7 @@ from benchmarks.checkpoints import (
     split_into_shards,
     write_checkpoint,
 )
-from benchmarks.tokenizers import build_tokenizer
+from benchmarks.sized_tokenizers import build_tokenizer
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.special_tokens import ADDED_TOKENS
 from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, check_weight_files
