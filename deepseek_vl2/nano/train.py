@@ -45,7 +45,7 @@ LOG_EVERY = 20
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 64.0
 GROWN_LETTERS_BATCHES = 250
-GROWN_TOGETHER_BATCHES = 650
+GROWN_TOGETHER_BATCHES = 560
 
 
 @dataclass(frozen=True)

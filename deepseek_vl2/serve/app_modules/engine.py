@@ -116,7 +116,7 @@ class Engine:
         self._queue: FairQueue[Job] = FairQueue()
         self._concurrency = concurrency
         self._running: set[Job] = set()
-        self._lock = threading.RLock()  # a load that is over at once notes that within `start_loading`
+        self._lock = threading.RLock()  # an answer that is over at once notes that within `_dispatch`
         self._executor = ThreadPoolExecutor(concurrency, thread_name_prefix="deepseek_vl2-engine")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="deepseek_vl2-loader")
         self._state = LoadState()
@@ -150,21 +150,20 @@ class Engine:
                 self._started = time.monotonic()
                 self._state = LoadState(LIBRARIES)
                 self._loading = self._loader.submit(self._load_model)
-                self._loading.add_done_callback(self._note_failure)
             return self._loading
 
     def _load_model(self) -> Answerer:
-        answerer = self._load(self._set_state)
-        self._set_state(LoadState(READY, device=answerer.device))
-        logger.info("the model is loaded, on %s", answerer.device)
-        return answerer
-
-    def _note_failure(self, loading: "Future[Answerer]") -> None:
-        error = loading.exception()
-        if error is not None:
+        try:
+            answerer = self._load(self._set_state)
+        except Exception as error:
+            # Before the future fails: whoever waits for it may ask for the state, or for another try, at once.
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning("the model could not be loaded: %s", reason)
             self._set_state(LoadState(FAILED, reason=reason))
+            raise
+        self._set_state(LoadState(READY, device=answerer.device))
+        logger.info("the model is loaded, on %s", answerer.device)
+        return answerer
 
     def _set_state(self, state: LoadState) -> None:
         with self._lock:

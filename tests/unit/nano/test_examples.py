@@ -60,7 +60,7 @@ def test_scenes_file_holds_labels_and_boxes(folder, name):
     ]
     for x1, y1, x2, y2 in (item["box"] for item in content[name]):
         assert 0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]
-        assert name in LAYOUTS or min(x2 - x1, y2 - y1) >= 0.1 * min(size)
+        assert name in LAYOUTS or min(x2 - x1, y2 - y1) >= 0.09 * min(size)
 
 
 @pytest.mark.parametrize("name", NAMES)
