@@ -198,15 +198,18 @@ def run(load: Load, num_clients: int, minutes: float, pid: int | None) -> dict[s
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the load; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Many clients for minutes against the OpenAI-compatible server.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.api_load",
+        description="Many clients for minutes against the OpenAI-compatible server.",
+    )
     parser.add_argument("--url", help="up to /v1; default: a server with nano is started")
     parser.add_argument("--model", default="nano", help="the model's id there; default: nano")
     parser.add_argument("--pid", type=int, help="process of the server at --url, to watch its memory")
     parser.add_argument("--clients", type=int, default=50, help="default: 50")
     parser.add_argument("--minutes", type=float, default=5, help="default: 5")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.url:
         load = Load(options.url.rstrip("/"), options.model)
         result = run(load, options.clients, options.minutes, options.pid)

@@ -20,7 +20,9 @@ WORKER_NAME = "WindowWorker"
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.batch_ray", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_run_arguments(parser, batch_size=16, window=64)
     parser.add_argument("--workers", type=int, default=2, help="default: 2")
     return parser.parse_args(arguments)

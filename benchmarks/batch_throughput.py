@@ -30,7 +30,11 @@ MAX_GROWTH = 0.1
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.batch_throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_run_arguments(parser, batch_size=32, window=256)
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
     parser.add_argument("--loop_count", type=int, default=200, help="pictures of the loop; default: 200")

@@ -1,14 +1,14 @@
-"""Benchmarks that are commands of their own: they start."""
+"""Benchmarks that are commands of their own: they import, and explain themselves."""
 
-import subprocess
-import sys
+import importlib
 
 import pytest
 
 
-@pytest.mark.parametrize("name", ["api_load", "batch_ray", "batch_throughput", "checkpoints", "load_once"])
-def test_it_starts(repository, name):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert name in done.stdout.split("\n")[0]
+@pytest.mark.parametrize("name", ["api_load", "batch_ray", "batch_throughput"])
+def test_it_starts(capsys, name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    assert f"python -m benchmarks.{name} " in capsys.readouterr().out
