@@ -44,8 +44,8 @@ STAGES = ("views", "letters", "answers", "together")
 LOG_EVERY = 20
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 64.0
-GROWN_LETTERS_BATCHES = 250
-GROWN_TOGETHER_BATCHES = 560
+GROWN_LETTERS_BATCHES = 450
+GROWN_TOGETHER_BATCHES = 1500
 
 
 @dataclass(frozen=True)
