@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -153,17 +154,19 @@ class Engine:
             return self._loading
 
     def _load_model(self) -> Answerer:
-        try:
+        with ExitStack() as stack:
+            # Noted before the future fails: whoever waits for it may ask for the state, or for another try, at once.
+            stack.push(self._note_failure)
             answerer = self._load(self._set_state)
-        except Exception as error:
-            # Before the future fails: whoever waits for it may ask for the state, or for another try, at once.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("the model could not be loaded: %s", reason)
-            self._set_state(LoadState(FAILED, reason=reason))
-            raise
         self._set_state(LoadState(READY, device=answerer.device))
         logger.info("the model is loaded, on %s", answerer.device)
         return answerer
+
+    def _note_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("the model could not be loaded: %s", reason)
+            self._set_state(LoadState(FAILED, reason=reason))
 
     def _set_state(self, state: LoadState) -> None:
         with self._lock:
