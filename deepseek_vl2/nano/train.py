@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.models.cpu_features import cpu_bfloat16_support
+from deepseek_vl2.models.cpu_features import has_fast_bfloat16
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import SHAPE_QUESTIONS, AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
 from deepseek_vl2.nano.growth import grow_from
@@ -191,7 +191,7 @@ class NanoTrainer:
         tokenizer = self.processor.tokenizer
         self.model: DeepseekVLV2ForCausalLM = untrained_nano(tokenizer, settings.seed).train()
         # Products in bfloat16 are several times faster than in float32, or, on a CPU without them, slower.
-        self.dtype = torch.float32 if cpu_bfloat16_support() == "none" else torch.bfloat16
+        self.dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
         # Among 64 patches a view, written-out attention learns a third faster than the CPU's fused kernel.
         self.model.vision.attn_implementation = "eager"
         targets = NumberTargets(number_token_ids(tokenizer), len(tokenizer), settings.coordinate_spread)

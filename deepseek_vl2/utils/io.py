@@ -250,11 +250,13 @@ def _device_map(device: str | torch.device, model_options: dict[str, Any]) -> An
 def dtype_name(path: str | os.PathLike[str], device: str | torch.device = "auto", quantize: str | None = None) -> str:
     """The name in `DTYPES` of the type that `load_pretrained_model` chooses by itself for a model and a device.
 
+    A hub name is downloaded, since the choice depends on the size of the weights.
+
     Raises:
         ValueError: no such device.
         OSError: the model is not there.
     """
-    chosen = _choose_dtype(resolve_model_path(path), device, quantize)
+    chosen = _choose_dtype(_checkpoint_folder(resolve_model_path(path)), device, quantize)
     return next(name for name, dtype in DTYPES.items() if dtype == chosen)
 
 

@@ -283,9 +283,9 @@ def test_growing_starts_from_an_earlier_edition_and_takes_the_shorter_way(tmp_pa
         torch.testing.assert_close(tensor, weights(earlier)[name].bfloat16().float())
 
 
-@pytest.mark.parametrize(("support", "dtype"), [("native", torch.bfloat16), ("none", torch.float32)])
-def test_products_are_of_the_type_that_the_cpu_is_fast_in(tmp_path, monkeypatch, support, dtype):
-    monkeypatch.setattr(train, "cpu_bfloat16_support", lambda: support)
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_products_are_of_the_type_that_the_cpu_is_fast_in(tmp_path, monkeypatch, is_fast, dtype):
+    monkeypatch.setattr(train, "has_fast_bfloat16", lambda: is_fast)
     trainer, seen = NanoTrainer(small_settings(num_threads=1), tmp_path), []
     trainer.load_state()
     trainer.model.projector.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

@@ -203,6 +203,9 @@ def test_the_type_of_weights_is_chosen_by_hardware_unless_given(checkpoint, monk
     assert asked == [(torch.device("cpu"), 7, None)]
     assert dtype_name(checkpoint, "cpu", "int8") == "float16"
     assert asked.pop() == (torch.device("cpu"), 7, "int8")
+    monkeypatch.setattr(io, "_download", lambda name: str(checkpoint))
+    assert dtype_name("someone/model", "cpu") == "float16"
+    assert asked.pop() == (torch.device("cpu"), 7, None)
     assert load_pretrained_model(checkpoint, torch.bfloat16, "cpu").model.weight.dtype == torch.bfloat16
     assert load_pretrained_model(checkpoint, "float32", "cpu").model.weight.dtype == torch.float32
     assert len(asked) == 1
