@@ -134,6 +134,7 @@ class VisionTransformer(TimmVisionTransformer):
         ignore_head: Whether `forward` returns patches (True) or the pooled vector.
         num_recomputing_layers: Any number above 0 recomputes activations in training to save memory.
         attn_implementation: One of `VISION_ATTENTION_IMPLEMENTATIONS`.
+        deterministic: Without effect; published configurations have it.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class VisionTransformer(TimmVisionTransformer):
         ignore_head: bool = True,
         num_recomputing_layers: int = 0,
         attn_implementation: str = "sdpa",
+        deterministic: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs = {"class_token": False, "num_classes": 0, "weight_init": "skip", **kwargs}
@@ -202,7 +204,8 @@ def create_siglip_vit(
     Args:
         model_name: A key of `SigLIP_MODEL_CONFIG`.
         image_size: Side S of a view in pixels.
-        select_layer: Last block to keep, counted from the end: -1 keeps all.
+        select_layer: Last block to keep: from -1 down counted from the end, from 1 up the number of blocks that are
+            kept; -1 and 0 keep all.
         ckpt_path: Checkpoint of the tower alone (`.safetensors` or torch), or empty for untrained weights.
         **kwargs: Passed on to `VisionTransformer`.
 
@@ -213,14 +216,17 @@ def create_siglip_vit(
         raise ValueError(f"model_name {model_name!r} is unknown. Choose one of {', '.join(SigLIP_MODEL_CONFIG)}.")
     tower = SigLIP_MODEL_CONFIG[model_name]
     num_layers = tower["layers"]
-    if not -num_layers <= select_layer <= -1:
-        raise ValueError(f"select_layer {select_layer} must be -{num_layers} to -1.")
+    depth = min(num_layers, select_layer if select_layer > 0 else num_layers + select_layer + 1)
+    if depth < 1:
+        raise ValueError(
+            f"select_layer {select_layer} leaves no block of {num_layers}: it must be at least -{num_layers}."
+        )
     model = VisionTransformer(
         **{
             "img_size": image_size,
             "patch_size": tower["patch_size"],
             "embed_dim": tower["width"],
-            "depth": num_layers + select_layer + 1,
+            "depth": depth,
             "num_heads": tower["heads"],
             "mlp_ratio": tower["mlp_ratio"],
             "global_pool": tower["global_pool"],
