@@ -36,11 +36,15 @@ def check_chunk_size(chunk_size: int) -> None:
 class PrefilledGenerationMixin:
     """`generate` for prompts whose beginning is in a cache already, see `incremental_prefilling`."""
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Generates as `GenerationMixin.generate` does.
 
         Args:
             inputs: Prompt ids [B, T], the same as `input_ids`.
+            generation_config: As in transformers, like everything after it.
+            *args: As in transformers.
             **kwargs: As in transformers. With `past_key_values`, the ids or embeddings are those of the whole prompt.
 
         Returns:
@@ -55,12 +59,12 @@ class PrefilledGenerationMixin:
             config: PreTrainedConfig = self.config  # type: ignore[attr-defined]
             check_prompt_length(prompt.shape[1], config.get_text_config())
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache) and prompt is not None:
+        if cache is not None and prompt is not None:
             check_cache(cache, prompt)
-            num_copies = self._num_rows_for_each_prompt(kwargs)
+            num_copies = self._num_rows_for_each_prompt(generation_config, kwargs)
             if num_copies > 1:
                 cache.batch_repeat_interleave(num_copies)
-        return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """Takes a cache that does not copy itself for each token where transformers takes its default one."""
@@ -70,9 +74,9 @@ class PrefilledGenerationMixin:
             config: PreTrainedConfig = self.config  # type: ignore[attr-defined]
             model_kwargs["past_key_values"] = GrowingCache(config.get_text_config().num_hidden_layers)
 
-    def _num_rows_for_each_prompt(self, kwargs: dict[str, Any]) -> int:
+    def _num_rows_for_each_prompt(self, generation_config: Any, kwargs: dict[str, Any]) -> int:
         """Rows that transformers makes of each prompt row for beams and several answers, but not of a given cache."""
-        config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        config = generation_config or self.generation_config  # type: ignore[attr-defined]
 
         def value(name: str) -> int:
             return kwargs.get(name) or getattr(config, name, None) or 1
@@ -84,8 +88,13 @@ def check_cache(cache: Cache, prompt: torch.Tensor) -> None:
     """Refuses a cache that cannot hold the beginning of a prompt [B, T] or [B, T, D].
 
     Raises:
-        ValueError: If it holds the whole prompt or more, or has another number of rows.
+        ValueError: If it is no `Cache`, holds the whole prompt or more, or has another number of rows.
     """
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, not a transformers.Cache: pass on the object that "
+            "incremental_prefilling has returned."
+        )
     num_cached, num_tokens = cache.get_seq_length(), prompt.shape[1]
     if num_cached >= num_tokens:
         raise ValueError(

@@ -58,12 +58,14 @@ class GrowingLayer(DynamicLayer):
         return self._buffers
 
     def _has_room(self, buffers: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> bool:
-        """Whether keys and values still are the beginnings of the buffers, and those are long enough."""
+        """Whether keys and values still begin the buffers, and those are long enough and can be written."""
         return all(
             view.data_ptr() == buffer.data_ptr()
             and view.shape[:-2] == buffer.shape[:-2]
             and view.stride() == buffer.stride()
             and num_tokens <= buffer.shape[-2]
+            # What was made in inference mode cannot be written outside it.
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
             for view, buffer in zip((self.keys, self.values), buffers, strict=True)
         )
 

@@ -445,19 +445,24 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
         )
 
     def generate(  # type: ignore[override]
-        self, inputs: torch.Tensor | None = None, **kwargs: Any
+        self, inputs: torch.Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Generates as transformers' `generate` does, with the processor's outputs as further keywords.
 
         Pictures are encoded once, not once for each beam or answer.
+
+        Raises:
+            ValueError: See `prepare_inputs_embeds`, which takes the pictures.
         """
         images = kwargs.pop("images", None)
         image_inputs = {name: kwargs.pop(name, None) for name in ("images_seq_mask", "images_spatial_crop")}
         for name in ("sft_format", "seq_lens"):
             kwargs.pop(name, None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if images is not None and kwargs.get("inputs_embeds") is None and input_ids is not None:
+        mask = image_inputs["images_seq_mask"]
+        has_pictures = images is not None or (mask is not None and bool(mask.any()))
+        if has_pictures and kwargs.get("inputs_embeds") is None and input_ids is not None:
             with torch.no_grad():
                 kwargs["inputs_embeds"] = self.prepare_inputs_embeds(input_ids, images, **image_inputs)
             inputs, kwargs["input_ids"] = None, input_ids
-        return super().generate(inputs, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)

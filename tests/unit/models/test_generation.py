@@ -195,6 +195,35 @@ def test_a_cache_of_other_rows_is_refused(mla_model):
         mla_model.generate(inputs_embeds=embeds, **BATCH, past_key_values=cache, **GREEDY)
 
 
+def test_a_cache_in_another_form_is_refused(mla_model):
+    pairs = [(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8))]
+    embeds = mla_model.prepare_inputs_embeds(**ROWS[0])
+    for use in (mla_model.generate, mla_model.incremental_prefilling):
+        with pytest.raises(ValueError, match=r"past_key_values is a list, not a transformers\.Cache"):
+            use(inputs_embeds=embeds, attention_mask=ROWS[0]["attention_mask"], past_key_values=pairs)
+
+
+def test_a_cache_made_in_inference_mode_can_be_used_outside_it(mla_model):
+    expected = mla_model.generate(**ROWS[0], **GREEDY)
+    with torch.inference_mode():
+        embeds, cache = mla_model.incremental_prefilling(**ROWS[0], chunk_size=5)
+    assert torch.equal(mla_model.generate(inputs_embeds=embeds, **ROWS[0], past_key_values=cache, **GREEDY), expected)
+
+
+def test_settings_may_be_given_by_position(mla_model):
+    config = GenerationConfig(**GREEDY)
+    ids, mask = ROWS[2]["input_ids"], ROWS[2]["attention_mask"]
+    expected = mla_model.generate(ids, attention_mask=mask, generation_config=config)
+    for part in (mla_model, mla_model.language):
+        assert torch.equal(part.generate(ids, config, attention_mask=mask), expected)
+
+
+def test_image_tokens_without_pictures_are_refused(mla_model):
+    inputs = {name: value for name, value in ROWS[0].items() if name != "images"}
+    with pytest.raises(ValueError, match="no pictures are given"):
+        mla_model.generate(**inputs, **GREEDY)
+
+
 def test_an_empty_cache_may_be_passed(mla_model):
     expected = mla_model.generate(**ROWS[0], **GREEDY)
     cache = DynamicCache(config=mla_model.config.language_config)
