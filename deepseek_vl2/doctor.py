@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from packaging.requirements import Requirement
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
 from deepseek_vl2.utils.checkpoint_files import check_weight_files
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
@@ -58,7 +58,11 @@ def diagnose(model_path: str | None = None) -> dict[str, Any]:
         "versions": {name: installed_version(name) for name in VERSIONS_OF},
         "extras": missing_packages(),
         "choices": {"device": {"value": str(device.value), "reason": device.reason}} | choices(device.value),
-        "fits": [fit_of(published_config(size), size, kind, free) for size in PUBLISHED_SIZES for kind in WEIGHTS],
+        "fits": [
+            fit_of(published_config(size), size, kind, free)
+            for size in PUBLISHED_SIZES
+            for kind in weights_on(device.value)
+        ],
     }
     if model_path is not None:
         report["model"] = check_model(model_path, device.value, free)
@@ -70,6 +74,11 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_bytes()
+
+
+def weights_on(device: torch.device) -> tuple[str, ...]:
+    """Kinds of weights that a device takes. In int8 and int4 the experts, most of a model, are on the CPU only."""
+    return WEIGHTS if device.type == "cpu" else WEIGHTS[:1]
 
 
 def choices(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -157,9 +166,13 @@ def check_model(model_path: str, device: torch.device, free: int) -> dict[str, A
     found = check_weight_files(folder)
     missing = [name for name in ("processor_config.json", "tokenizer.json") if not (folder / name).is_file()]
     problems = found.problems + [f"{name} is missing: the processor cannot be loaded" for name in missing]
-    dtype = choose_dtype(device, found.num_bytes)
-    weights = "float32" if dtype.value == torch.float32 else "bfloat16"
-    fits = [fit_of(config, Path(model_path).name, kind, free) for kind in dict.fromkeys((weights, *WEIGHTS))]
+    quantized = own_quantization(config)
+    # The files' headers say what the weights take as 16 bits; a folder that lacks a file cannot be loaded anyway.
+    num_bytes = found.num_bytes if found.problems else checkpoint_bytes(folder)
+    dtype = choose_dtype(device, num_bytes, quantized)
+    weights = quantized or ("float32" if dtype.value == torch.float32 else "bfloat16")
+    kinds = (quantized,) if quantized else dict.fromkeys((weights, *weights_on(device)))
+    fits = [fit_of(config, Path(model_path).name, kind, free) for kind in kinds]
     if fits[0]["verdict"] == "no":
         others = [fit["weights"] for fit in fits if fit["verdict"] != "no"]
         way_out = f"{' or '.join(others)} would fit" if others else "a smaller model may fit"

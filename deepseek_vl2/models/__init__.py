@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversion_mapping import register_conversion_mapping
-from .memory import check_memory
+from .memory import check_memory, checkpoint_bytes
 from .modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
-from .quantization import WeightOnlyConfig, choose_quantization, register_quantization
+from .quantization import WeightOnlyConfig, choose_quantization, own_quantization, register_quantization
 
 __all__ = [
     "DeepseekV2Config",
@@ -24,7 +24,9 @@ __all__ = [
     "DeepseekVLV2Processor",
     "WeightOnlyConfig",
     "check_memory",
+    "checkpoint_bytes",
     "choose_quantization",
+    "own_quantization",
 ]
 
 AutoConfig.register(DeepseekVLV2Config.model_type, DeepseekVLV2Config, exist_ok=True)

@@ -261,8 +261,12 @@ def dtype_name(path: str | os.PathLike[str], device: str | torch.device = "auto"
 
 
 def _choose_dtype(folder: str, device: str | torch.device, quantize: str | None) -> torch.dtype:
-    num_bytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    choice = choose_dtype(resolve_device(device), num_bytes, quantize)
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
+
+    place = resolve_device(device)
+    config = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
+    num_bytes = checkpoint_bytes(folder) if place.type == "cpu" else None
+    choice = choose_dtype(place, num_bytes, quantize or own_quantization(config))
     logger.info("weights are loaded as %s: %s", choice.value, choice.reason)
     return choice.value
 

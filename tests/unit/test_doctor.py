@@ -10,6 +10,7 @@ import torch
 from deepseek_vl2 import doctor, nano
 from deepseek_vl2.doctor import fit_of, main
 from deepseek_vl2.utils.hardware import Choice
+from deepseek_vl2.utils.io import load_pretrained_model
 from deepseek_vl2.utils.model_size import published_config
 
 GB = 10**9
@@ -20,7 +21,7 @@ def machine(monkeypatch):
     """A machine with a CPU and 20 GB of free memory, whatever the tests run on."""
     cpu = Choice(torch.device("cpu"), "no GPU")
     monkeypatch.setattr(doctor, "choose_device", lambda: cpu)
-    monkeypatch.setattr(doctor, "choose_dtype", lambda device, num_bytes=None: Choice(torch.bfloat16, "it is native"))
+    monkeypatch.setattr(doctor, "choose_dtype", lambda *given: Choice(torch.bfloat16, "it is native"))
     monkeypatch.setattr(doctor, "choose_num_threads", lambda: Choice(7, "seven cores"))
     monkeypatch.setattr(doctor, "available_bytes", lambda: 20 * GB)
 
@@ -103,6 +104,22 @@ def test_a_checkpoint_that_does_not_fit_is_told_what_would(capsys, folder, monke
     (problem,) = found["model"]["problems"]
     assert problem.startswith("it needs 0.02 GB in bfloat16, ")
     assert problem.endswith(" GB are free; int8 or int4 would fit")
+
+
+def test_a_quantised_checkpoint_is_judged_as_it_is(capsys, tmp_path, monkeypatch):
+    model = load_pretrained_model("nano", quantize="int8", device="cpu")
+    model.model.save_pretrained(tmp_path / "int8")
+    model.processor.save_pretrained(tmp_path / "int8")
+    monkeypatch.setattr(doctor, "available_bytes", lambda: int(0.015 * GB))  # too little for bfloat16
+    code, found = report(capsys, "--model_path", tmp_path / "int8")
+    assert (code, found["model"]["problems"]) == (0, [])
+    assert [fit["weights"] for fit in found["model"]["fits"]] == ["int8"]
+
+
+def test_a_gpu_is_not_promised_what_the_cpu_alone_can(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "choose_device", lambda: Choice(torch.device("mps"), "a test"))
+    _, found = report(capsys)
+    assert {fit["weights"] for fit in found["fits"]} == {"bfloat16"}
 
 
 def test_a_model_that_is_not_downloaded_yet(capsys, monkeypatch, tmp_path):

@@ -7,8 +7,15 @@ attention pool that is never run, an output layer tied to the embeddings, and `k
 as a matrix at each token, and it is below 1 % of the weights.
 """
 
-from .choice import check_quantization, choose_quantization
+from .choice import check_quantization, choose_quantization, own_quantization
 from .config import QUANTIZATIONS, WeightOnlyConfig
 from .quantizer import register_quantization
 
-__all__ = ["QUANTIZATIONS", "WeightOnlyConfig", "check_quantization", "choose_quantization", "register_quantization"]
+__all__ = [
+    "QUANTIZATIONS",
+    "WeightOnlyConfig",
+    "check_quantization",
+    "choose_quantization",
+    "own_quantization",
+    "register_quantization",
+]

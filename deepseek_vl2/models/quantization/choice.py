@@ -51,12 +51,11 @@ def choose_quantization(quantize: str, device_type: str, checkpoint_config: Any)
         ImportError: See `check_quantization`.
     """
     check_quantization(quantize, device_type)
-    present = getattr(checkpoint_config, "quantization_config", None)
-    if present is not None:
-        found = _name(present if isinstance(present, dict) else present.to_dict())
-        if found != quantize:
+    found = _present(checkpoint_config)
+    if found is not None:
+        if _name(found) != quantize:
             raise ValueError(
-                f"the checkpoint is quantised already ({found}), so it cannot be loaded as {quantize!r}: leave "
+                f"the checkpoint is quantised already ({_name(found)}), so it cannot be loaded as {quantize!r}: leave "
                 "quantize out, or take the original checkpoint"
             )
         return None
@@ -70,6 +69,21 @@ def choose_quantization(quantize: str, device_type: str, checkpoint_config: Any)
     return BitsAndBytesConfig(
         load_in_8bit=is_int8, load_in_4bit=not is_int8, llm_int8_skip_modules=[*EXACT_LINEARS, "lm_head"]
     )
+
+
+def own_quantization(checkpoint_config: Any) -> str | None:
+    """`int8` or `int4` if a checkpoint is quantised by `WeightOnlyConfig`, else None.
+
+    Args:
+        checkpoint_config: Configuration of the model as its folder holds it.
+    """
+    found = _present(checkpoint_config)
+    return _name(found) if found is not None and found.get("quant_method") == METHOD else None
+
+
+def _present(checkpoint_config: Any) -> dict[str, Any] | None:
+    present = getattr(checkpoint_config, "quantization_config", None)
+    return present if present is None or isinstance(present, dict) else present.to_dict()
 
 
 def _name(config: dict[str, Any]) -> str:

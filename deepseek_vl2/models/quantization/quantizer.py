@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# The names by which transformers shares a model out over the devices that it finds.
+AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 class QuantizeWeights(ConversionOps):
     """Quantises what was read for one parameter, and gives the memory of the file back."""
 
@@ -95,6 +99,8 @@ class WeightOnlyQuantizer(HfQuantizer):
         Raises:
             ValueError: If a part of the model would be elsewhere.
         """
+        if _means_cpu(device_map):
+            return
         places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
         others = {str(place) for place in places if str(place) != "cpu"}
         if others:
@@ -102,6 +108,10 @@ class WeightOnlyQuantizer(HfQuantizer):
                 f"{self.quantization_config.name} weights of WeightOnlyConfig work on the CPU only, not on "
                 f"{', '.join(sorted(others))}. Load with device_map='cpu'; for CUDA there is BitsAndBytesConfig."
             )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Puts everything on the CPU where that is the only device."""
+        return {"": "cpu"} if _means_cpu(device_map) else device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Refuses float16, in which products of integers overflow.
@@ -159,7 +169,8 @@ class WeightOnlyQuantizer(HfQuantizer):
         if block_rows != packing.BLOCK_ROWS:
             for name, weight in int4_weights(model).items():
                 state_dict[name] = packing.with_block_rows(weight, block_rows, packing.BLOCK_ROWS)
-        return state_dict, {}
+        # A model that was put into float32 has widened its scales, too; they lose nothing.
+        return {name: value.bfloat16() if name.endswith(SCALES) else value for name, value in state_dict.items()}, {}
 
     def is_serializable(self) -> bool:
         """Quantised models can be saved."""
@@ -169,6 +180,11 @@ class WeightOnlyQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Quantised models cannot be trained."""
         return False
+
+
+def _means_cpu(device_map: Any) -> bool:
+    """Whether transformers is asked to choose devices on a machine that has no other than the CPU."""
+    return isinstance(device_map, str) and device_map in AUTOMATIC_MAPS and not torch.accelerator.is_available()
 
 
 def _align_int8_weights(model: nn.Module) -> None:

@@ -173,6 +173,7 @@ def checkpoint(tmp_path, monkeypatch):
     fake = types.ModuleType("deepseek_vl2.models")
     fake.DeepseekVLV2Processor, fake.DeepseekVLV2ForCausalLM = FakeProcessor, FakeModel
     fake.check_memory, fake.choose_quantization = lambda *args: None, lambda *args: args
+    fake.checkpoint_bytes, fake.own_quantization = lambda folder: 7, lambda config: None
     monkeypatch.setitem(sys.modules, "deepseek_vl2.models", fake)
     monkeypatch.setattr(FakeModel, "info", {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
     for name in ("config.json", "processor_config.json", "tokenizer.json"):
@@ -197,8 +198,6 @@ def test_the_type_of_weights_is_chosen_by_hardware_unless_given(checkpoint, monk
         return Choice(torch.float16, "a test")
 
     monkeypatch.setattr(io, "choose_dtype", choose)
-    for name, size in (("model-1.safetensors", 3), ("model-2.safetensors", 4)):
-        (checkpoint / name).write_bytes(b"x" * size)
     assert load_pretrained_model(checkpoint, device="cpu").model.weight.dtype == torch.float16
     assert asked == [(torch.device("cpu"), 7, None)]
     assert dtype_name(checkpoint, "cpu", "int8") == "float16"
@@ -206,6 +205,9 @@ def test_the_type_of_weights_is_chosen_by_hardware_unless_given(checkpoint, monk
     monkeypatch.setattr(io, "_download", lambda name: str(checkpoint))
     assert dtype_name("someone/model", "cpu") == "float16"
     assert asked.pop() == (torch.device("cpu"), 7, None)
+    monkeypatch.setattr(sys.modules["deepseek_vl2.models"], "own_quantization", lambda config: "int4")
+    dtype_name(checkpoint, "cpu")
+    assert asked.pop() == (torch.device("cpu"), 7, "int4")  # the folder holds such weights
     assert load_pretrained_model(checkpoint, torch.bfloat16, "cpu").model.weight.dtype == torch.bfloat16
     assert load_pretrained_model(checkpoint, "float32", "cpu").model.weight.dtype == torch.float32
     assert len(asked) == 1

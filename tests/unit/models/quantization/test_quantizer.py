@@ -187,6 +187,23 @@ def test_a_checkpoint_of_another_layout_or_size_is_refused(saved, tmp_path):
         DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
 
 
+def test_widened_scales_are_saved_as_they_were(saved, loaded, tmp_path):
+    DeepseekVLV2ForCausalLM.from_pretrained(saved).to(torch.float32).save_pretrained(tmp_path)
+    again = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == again[name].dtype and torch.equal(tensor, again[name]), name
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU, auto is the GPU")
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
+def test_without_a_gpu_an_automatic_map_is_the_cpu(folder, saved, loaded, device_map):
+    again = DeepseekVLV2ForCausalLM.from_pretrained(saved, device_map=device_map)
+    assert {parameter.device.type for parameter in again.parameters()} == {"cpu"}
+    config = WeightOnlyConfig(bits(loaded))
+    fresh = DeepseekVLV2ForCausalLM.from_pretrained(folder, device_map=device_map, quantization_config=config)
+    assert not hasattr(fresh, "_hf_hook")  # nothing is moved between devices
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
