@@ -90,7 +90,7 @@ class ChatSession:
         )
 
     def clear(self) -> None:
-        """Forgets everything but the features of pictures.
+        """Forgets everything, the features of pictures too, also where other sessions share them.
 
         Raises:
             RuntimeError: If an answer is under way.

@@ -81,6 +81,11 @@ class PictureFeatures:
         with self._lock:
             return sum(features.nbytes for features in self._known.values())
 
+    def clear(self) -> None:
+        """Forgets all features. Whoever changes the weights of the tower or of the projector calls it."""
+        with self._lock:
+            self._known.clear()
+
     def embed(
         self,
         input_ids: torch.Tensor,

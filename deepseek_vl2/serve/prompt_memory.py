@@ -72,13 +72,14 @@ class PromptMemory:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def clear(self) -> None:
-        """Forgets everything but the features of pictures.
+        """Forgets everything, the features of pictures too, also where other sessions share them.
 
         Raises:
             RuntimeError: If an answer is under way.
         """
         with self.in_use(()):
             self._forget()
+            self._features.clear()
 
     @contextmanager
     def in_use(self, new_ids: Sequence[int]) -> Iterator[None]:
