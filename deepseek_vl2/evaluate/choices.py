@@ -4,8 +4,32 @@ import re
 from collections.abc import Iterable, Mapping
 
 _ALONE = re.compile(r"\W*([A-Za-z])\W*")  # "(B)", "B.", "b"
-# "B: text", "(B) text", "B. text"; not "(A) or (B)".
-_LEADING = re.compile(r"\W{0,3}([A-Z])\s*[.:)\]](?=\s|$|\W)(?!\s*(?:or|and)\b)")
+_LEADING = re.compile(
+    r"""\W{0,3}([A-Z])(?:
+        \s*[.:)\]](?=\s|$|\W)(?!\s*(?:(?:or|and)\b|,\s*[(\[][A-Z][)\]]))  # "B: text", "(B) text"; not "(A) or (B)"
+        |
+        (?!\W*(?:(?:or|and|nor|as\s+well)\b|(?:is|was)(?:n['’]t|\s+(?:not|wrong|incorrect|false))\b))
+        (?!\W*[A-Z](?:\W*$|\W*\b(?:or|and|nor)\b|[^\w\s'’]|\s*\n))  # "A, B", "A - B", a letter a line
+        (?:
+            (?<=\*\*[A-Z])\*\*  # "**B** text"
+            | [^\S\n]*\n  # a line by itself
+            | (?<!I)(?:  # "I, as a model": a word
+                \s*,(?=\s)
+                | \s+[-–—](?=\s) | \s*[–—]
+                | \s+(?:because|since|as)\b
+                # Only such words: where letters name parts of the picture, "B is the root" describes one.
+                | \s+is\s+(?:(?:the|a|most|more|clearly|probably|likely|definitely|only|best)\s+){0,3}
+                  (?:correct|right|true|best|answer|option|choice)\b
+            )
+        )
+    )""",
+    re.VERBOSE,
+)
+# "not A", "isn't (A)", "neither A nor B".
+_DENIED = re.compile(
+    r"(?i:\b(?:can)?not|n['’]t|\bneither|\bnor)(?:\s+be)?(?:\s+(?:option|choice))?\s+"
+    r"[(\[\"'*]*[A-Z](?![A-Za-z'’])[)\]\"'*]*(?:\s+n?or\s+[(\[\"'*]*[A-Z](?![A-Za-z'’])[)\]\"'*]*)*"
+)
 # A small letter only at the end, where it cannot be a word: "the answer is a horse".
 _STATED = re.compile(
     r"(?i:(?:\b(?:answer|option|choice)\b|答案|选项)\s*(?:\b(?:is|would be|should be)\b|是|为)?\s*[:：]?\s*"
@@ -14,15 +38,16 @@ _STATED = re.compile(
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _STANDING = re.compile(r"(?<![A-Za-z'’])([A-Z])(?![A-Za-z'’])")
 # "A dog", "I see": words, but not in "A or B", "A is right".
-_WORD_NOT_LETTER = re.compile(r"(?<![A-Za-z])[AI](?=\s+[A-Za-z])(?!\s+(?:or|and|is)\b)")
+_WORD_NOT_LETTER = re.compile(r"(?<![A-Za-z])[AI](?=[^\S\n]+[A-Za-z])(?!\s+(?:or|and|is|as\s+well)\b)")
 
 
 def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
     """Find the option that an answer means.
 
     Looked for in this order; the first step that finds anything decides: a letter alone ("B", "(B)"); an option's text
-    alone; a letter in front ("B. a cat"); a statement ("The answer is B"); letters in brackets; options' texts within
-    the answer; letters standing by themselves, but "A" and "I" not where they are words.
+    alone; a letter in front ("B. a cat", "B, because it barks"); a statement ("The answer is B"); letters in brackets;
+    options' texts within the answer; letters standing by themselves, but "A" and "I" not where they are words. Letters
+    that the answer denies ("not A") count for nothing.
 
     Args:
         answer: text of the model.
@@ -36,13 +61,15 @@ def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
     if alone is not None and alone[1].upper() in options:
         return alone[1].upper()
     leading = _LEADING.match(text)
+    claimed = _DENIED.sub("", text)
+    without_words = _WORD_NOT_LETTER.sub("", claimed)
     steps: tuple[Iterable[str], ...] = (
         (letter for letter, option in options.items() if _plain(option) == _plain(text)),
         (leading[1],) if leading else (),
-        (letter.upper() for letter in _STATED.findall(_WORD_NOT_LETTER.sub("", text))),
-        _BRACKETED.findall(text),
+        (letter.upper() for letter in _STATED.findall(without_words)),
+        _BRACKETED.findall(claimed),
         _mentioned(text, options),
-        _STANDING.findall(_WORD_NOT_LETTER.sub("", text)),
+        _STANDING.findall(without_words),
     )
     for step in steps:
         found = {letter for letter in step if letter in options}

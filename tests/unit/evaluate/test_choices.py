@@ -67,6 +67,48 @@ def test_what_names_no_option_or_several_is_unreadable(answer):
     assert choose_option(answer, ANIMALS) is None
 
 
+THINGS = {"A": "cat", "B": "dog", "C": "tree", "D": "house"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [  # the letter in front goes before what the rest of the answer mentions
+        ("B\nThe cat is asleep under it", "B"),
+        ("B\n\nThe dog chases the cat", "B"),
+        ("B, because the cat is asleep", "B"),
+        ("B - the cat is absent", "B"),
+        ("B\u2014the cat is absent", "B"),
+        ("B because the cat is asleep", "B"),
+        ("B since the cat is asleep", "B"),
+        ("B as the cat is asleep", "B"),
+        ("B is correct, the cat is not", "B"),
+        ("B is the right answer, not the cat", "B"),
+        ("**B** The cat sleeps", "B"),
+        ("B, not A", "B"),
+        # where it is a word, the name of a part, or one of several, it does not
+        ("A dog, because it barks", "B"),
+        ("I see, because a dog barks", "B"),
+        ("B is the cat", "A"),
+        ("A, B", None),
+        ("A\nB\nC", None),
+        ("A\nB", None),
+        ("A - B", None),
+        ("A as well as B", None),
+        ("(A), (B)", None),
+        ("**A** or **B**", None),
+        ("A is a cat, B is a dog", None),
+        ("**A** is wrong, the dog is right", "B"),
+        # what is denied is not said
+        ("The answer is not A", None),
+        ("The answer isn't (A)", None),
+        ("Neither A nor B", None),
+        ("It is B, not A", "B"),
+    ],
+)
+def test_a_letter_in_front(answer, letter):
+    assert choose_option(answer, THINGS) == letter
+
+
 def test_letters_up_to_the_ninth():
     options = {letter: f"value {letter}{letter}" for letter in "ABCDEFGHI"}
     assert choose_option("I", options) == "I"
