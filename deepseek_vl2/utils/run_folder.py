@@ -19,8 +19,10 @@ from deepseek_vl2.utils.io import resolve_model_path
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = "lock"
-# Of larger files of a checkpoint (the weights) only name and size count: reading them would take as long as loading.
-_MAX_DIGESTED_BYTES = 2**20
+# Of larger files of a checkpoint (the weights) blocks count that lie evenly in them, from the first bytes to the last:
+# reading all would take as long as loading. Many small ones, so that training one part of the model is seen, too.
+_NUM_BLOCKS = 1024
+_BLOCK_BYTES = 4096
 
 
 def file_digest(path: Path) -> str:
@@ -34,12 +36,22 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and sizes of a checkpoint's files, and over the content of the small ones."""
+    """SHA-256 over names, sizes and content of a checkpoint's files; of those above 4 MiB, over a sample of it."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         size = path.stat().st_size
-        content = file_digest(path) if size <= _MAX_DIGESTED_BYTES else ""
+        content = file_digest(path) if size <= _NUM_BLOCKS * _BLOCK_BYTES else _sampled_digest(path, size)
         digest.update(f"{path.name}\n{size}\n{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _sampled_digest(path: Path, size: int) -> str:
+    """SHA-256 over blocks of a file that lie evenly in it."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for number in range(_NUM_BLOCKS):
+            file.seek(number * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 

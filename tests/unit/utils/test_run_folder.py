@@ -115,6 +115,25 @@ def test_digests_follow_the_content(tmp_path):
     assert len({before, changed, folder_digest(tmp_path)}) == 3
 
 
+@pytest.mark.parametrize(
+    ("size", "start", "num_bytes"),
+    [
+        (4 * 2**20, 1_234_567, 1),  # digested whole
+        (9 * 2**20 + 3, 5_000_000, 2 * 9 * 2**10),  # one part of a larger model was trained
+        (9 * 2**20 + 3, 0, 1),
+        (9 * 2**20 + 3, 9 * 2**20 + 2, 1),
+    ],
+)
+def test_other_weights_of_the_same_size_have_another_digest(tmp_path, size, start, num_bytes):
+    content = bytearray(size)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    before = folder_digest(tmp_path)
+    content[start : start + num_bytes] = b"x" * num_bytes
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert len(content) == size
+    assert folder_digest(tmp_path) != before
+
+
 def test_a_locked_folder_is_refused_until_it_is_free(tmp_path):
     folder = tmp_path / "new"
     with lock_folder(folder):
