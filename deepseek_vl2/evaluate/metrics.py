@@ -14,7 +14,7 @@ MAX_RELATIVE_CHANGE = 0.05
 # So many other people must have given an answer for it to count in full.
 VQA_FULL_AGREEMENT = 3
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d{1,3}(?:,\d{3})+(?:\.\d*)?)(?:[eE][-+]?\d+)?%?")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d{1,3}(?:,\d{3})+(?:\.\d*)?)(?:[eE][-+]?\d+)?(?:\s*%)?")
 
 
 def intersection_over_union(first: Box, second: Box) -> float:
@@ -111,7 +111,7 @@ def _similarity(first: str, second: str) -> float:
 
 
 def parse_number(text: str) -> float | None:
-    """Read a number, `None` if the text is none. `%` is a hundredth; commas may stand between thousands."""
+    """Read a number, `None` if the text is none. `%` is a hundredth, also behind a space; commas may part thousands."""
     stripped = text.strip()
     if _NUMBER.fullmatch(stripped) is None:
         return None

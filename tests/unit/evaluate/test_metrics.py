@@ -129,7 +129,8 @@ def test_anls(answer, expected, score):
         ("1,2345", None),
         ("nan", None),
         ("1_000", None),
-        ("12 %", None),
+        ("12 %", 0.12),  # so do pix2struct's program and VLMEvalKit, by float("12 ")
+        ("%", None),
         ("$5", None),
         ("", None),
     ],
