@@ -10,6 +10,7 @@ from deepseek_vl2.evaluate.metrics import (
     IOU_THRESHOLD,
     BoxCounts,
     count_boxes,
+    exact_match,
     intersection_over_union,
     match_boxes,
     ocrbench_score,
@@ -57,6 +58,13 @@ def _judge_text(metric: Callable[[str, Sequence[str]], float], sample: Sample, a
 def judge_text(metric: Callable[[str, Sequence[str]], float]) -> Judge:
     """A judge that compares texts by a metric. An empty answer is unreadable."""
     return partial(_judge_text, metric)
+
+
+def judge_exact_match(sample: Sample, answer: str) -> Judgement:
+    """Judges by equality. The final full stop goes from both sides: what is expected may be a sentence, too."""
+    text = plain_answer(answer)
+    expected = [plain_answer(other) or other for other in sample.answers]
+    return Judgement(exact_match(text, expected) if text else 0.0, bool(text), text)
 
 
 def judge_ocrbench(sample: Sample, answer: str) -> Judgement:

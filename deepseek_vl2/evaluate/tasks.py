@@ -11,7 +11,15 @@ from types import MappingProxyType
 from typing import Any
 
 from deepseek_vl2.evaluate import metrics
-from deepseek_vl2.evaluate.judges import Judge, judge_box, judge_boxes, judge_choice, judge_ocrbench, judge_text
+from deepseek_vl2.evaluate.judges import (
+    Judge,
+    judge_box,
+    judge_boxes,
+    judge_choice,
+    judge_exact_match,
+    judge_ocrbench,
+    judge_text,
+)
 from deepseek_vl2.evaluate.samples import Sample
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
 
@@ -74,6 +82,7 @@ class Task:
         judge: sample and answer -> judgement.
         needs: what a sample must have: "answers", "people" (so many answers that they can agree), "box" (one), "boxes"
             or "options".
+        needs_picture: whether every sample must have one.
         picture_scale: by how much the first picture is enlarged; VLMEvalKit doubles that of MMMU.
     """
 
@@ -81,21 +90,25 @@ class Task:
     ask: Callable[[Sample], str]
     judge: Judge
     needs: str = "answers"
+    needs_picture: bool = True
     picture_scale: int = 1
 
     def check(self, sample: Sample) -> None:
         """Refuses a sample that this task cannot judge.
 
         Raises:
-            ValueError: something that `needs` names is missing.
+            ValueError: something that `needs` names is missing, or the picture.
         """
+        if self.needs_picture and not sample.pictures:
+            raise ValueError(
+                "no picture (image, image_path, images, or image_1, image_2, ...), and this task asks about one; "
+                "lmms-eval's --log_samples leaves such fields out: put them back into doc"
+            )
         if self.needs == "box" and (sample.boxes is None or len(sample.boxes) != 1):
             raise ValueError(f"one expected box is needed, there are {len(sample.boxes or ())}")
         if self.needs == "boxes" and sample.boxes is None:
             raise ValueError("no expected boxes ('boxes'; an empty list where nothing should be found)")
         if self.needs in ("box", "boxes"):
-            if not sample.pictures:
-                raise ValueError("boxes need a picture, there is none")
             return
         if not sample.answers:
             raise ValueError("no answer to compare with")
@@ -150,6 +163,6 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "ai2d": _CHOICE,
         "mmbench": _CHOICE,
         "mmstar": _CHOICE,
-        "exact_match": Task("exact match", ask_plainly, judge_text(metrics.exact_match)),
+        "exact_match": Task("exact match", ask_plainly, judge_exact_match, needs_picture=False),
     }
 )

@@ -105,6 +105,9 @@ TWO = "<|ref|>x<|/ref|><|det|>[[100, 200, 500, 600], [0, 0, 50, 50]]<|/det|>"
         ("ocrbench", sample(answers=("",)), "", 0, False),
         ("exact_match", sample(), "dog.", 1, True),
         ("exact_match", sample(), "a dog", 0, True),
+        ("exact_match", sample(answers=("A lamp.",)), "A lamp.", 1, True),
+        ("exact_match", sample(answers=("A lamp.",)), "a lamp", 1, True),
+        ("exact_match", sample(answers=("...",)), "dots", 0, True),
     ],
 )
 def test_judgements(task, asked, answer, score, is_readable):
@@ -129,7 +132,15 @@ def test_a_judgement_says_what_it_read():
     [
         ("refcoco", sample(), "one expected box is needed, there are 0"),
         ("refcoco", sample(boxes=((1, 1, 2, 2), (3, 3, 4, 4))), "there are 2"),
-        ("refcoco", sample(boxes=((1, 1, 2, 2),), pictures=(), sizes=()), "boxes need a picture"),
+        *[
+            (
+                task,
+                sample(boxes=((1, 1, 2, 2),), options=OPTIONS, pictures=(), sizes=()),
+                r"no picture \(image, image_p",
+            )
+            for task in TASKS
+            if task != "exact_match"
+        ],
         ("grounding_f1", sample(), "no expected boxes"),
         ("docvqa", sample(answers=()), "no answer"),
         ("docvqa", sample(answers=(" ", "")), "the answer to compare with has no text"),
@@ -149,3 +160,4 @@ def test_samples_with_what_a_task_needs_are_taken():
     TASKS["refcoco"].check(sample(boxes=((1, 1, 2, 2),), answers=()))
     TASKS["mmmu"].check(choice())
     TASKS["textvqa"].check(sample(answers=("a",) * 10))
+    TASKS["exact_match"].check(sample(pictures=(), sizes=()))
