@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from deepseek_vl2.train.router_bias import RouterBiasUpdate
 from deepseek_vl2.utils.adapter import require_peft
 from deepseek_vl2.utils.data_files import parse_json, write_whole
 from deepseek_vl2.utils.io import load_pretrained_model
+from deepseek_vl2.utils.run_folder import file_digest
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "train_config.json"
+# Beside the settings stands what the files of data held.
+_DATA_FILES = ("train_file", "eval_file")
 # What a run may change when it goes on, as the curve of the loss stays the same.
 _FREE_KEYS = frozenset(
     [
@@ -256,20 +260,27 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """The newest complete checkpoint to go on from, or None; notes the settings in the output folder.
 
     Raises:
-        ValueError: there is one with other settings, or one although `resume` is never.
-        OSError: the folder cannot be written.
+        ValueError: there is one with other settings or data, or one although `resume` is never.
+        OSError: the folder cannot be written, or the data not read.
     """
     folder = Path(config.output_dir)
+    digests = _data_digests(config)
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
     newest = max(complete, key=_num_steps, default=None)
     if newest and config.resume == "never":
         raise ValueError(f"resume: never, but {folder} holds {newest.name}; take another output_dir, or remove it")
     if newest:
-        _check_same_settings(config, folder / CONFIG_FILE)
+        _check_same_settings(config, digests, folder / CONFIG_FILE)
         logger.info("going on from %s", newest)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFIG_FILE, json.dumps(asdict(config), indent=1) + "\n")
+    write_whole(folder / CONFIG_FILE, json.dumps(asdict(config) | digests, indent=1) + "\n")
     return newest
+
+
+def _data_digests(config: TrainConfig) -> dict[str, str | None]:
+    """Digests of the files of data, by the key under which they are noted; None where there is no file."""
+    paths = {name: getattr(config, name) for name in _DATA_FILES}
+    return {f"{name}_digest": file_digest(Path(path)) if path else None for name, path in paths.items()}
 
 
 def _num_steps(checkpoint: Path) -> int:
@@ -285,7 +296,7 @@ def _is_whole(state_file: Path) -> bool:
     return True
 
 
-def _check_same_settings(config: TrainConfig, path: Path) -> None:
+def _check_same_settings(config: TrainConfig, digests: Mapping[str, str | None], path: Path) -> None:
     before = parse_json(path.read_bytes()) if path.is_file() else {}
     names = [field.name for field in fields(config) if field.name not in _FREE_KEYS]
     for name in names:
@@ -294,6 +305,14 @@ def _check_same_settings(config: TrainConfig, path: Path) -> None:
             raise ValueError(
                 f"{name}: {value!r} is not allowed; the run in {path.parent} began with {before.get(name)!r}. "
                 "Keep that, or take another output_dir"
+            )
+    for name in _DATA_FILES:
+        key = f"{name}_digest"
+        # A run of an earlier version has not noted it.
+        if before.get(key, digests[key]) != digests[key]:
+            raise ValueError(
+                f"{name}: {getattr(config, name)} has changed since the run in {path.parent} began. "
+                "Put its old content back, or take another output_dir"
             )
 
 

@@ -263,6 +263,25 @@ def test_going_on_with_other_settings_is_refused(checkpoint, train_file, tmp_pat
         train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options, resume="never"))
 
 
+@pytest.mark.parametrize("name", ["train_file", "eval_file"])
+def test_going_on_with_other_data_is_refused(tmp_path, name):
+    for file in ("train_file", "eval_file"):
+        (tmp_path / file).write_text("{}")
+    config = settings(tmp_path / "train_file", "nano", tmp_path / "out", eval_file=str(tmp_path / "eval_file"))
+    assert trainer.find_checkpoint(config) is None
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert trainer.find_checkpoint(config) == checkpoint
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(ValueError, match=rf"{name}: .* has changed since .* take another output_dir"):
+        trainer.find_checkpoint(config)
+    # A run of an earlier version did not note what its data was.
+    noted = tmp_path / "out" / trainer.CONFIG_FILE
+    noted.write_text(json.dumps(vars(config)))
+    assert trainer.find_checkpoint(config) == checkpoint
+
+
 def test_text_without_pictures_and_skipping_on_the_command_line(checkpoint, tmp_path, capsys):
     lines = [
         json.dumps({"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word}]})
