@@ -144,11 +144,14 @@ class DeepseekV2TopkRouter(nn.Module):
             # Moved by the balance of the load and not by a gradient, hence a buffer.
             self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Routes tokens.
 
         Args:
             hidden_states: [B, T, D].
+            is_token: False [B, T] at padding, which the loss leaves out; None if there is none.
 
         Returns:
             Logits [B, T, E], weights [B, T, k] and indices [B, T, k] of the chosen experts, and the load-balancing loss
@@ -162,7 +165,7 @@ class DeepseekV2TopkRouter(nn.Module):
         if self.config.norm_topk_prob and self.top_k > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         weights = weights * self.config.routed_scaling_factor
-        return logits, weights, topk_indices, self._balancing_loss(scores, topk_indices)
+        return logits, weights, topk_indices, self._balancing_loss(scores, topk_indices, is_token)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         if self.config.topk_method == "greedy":
@@ -179,11 +182,13 @@ class DeepseekV2TopkRouter(nn.Module):
         choice_scores = grouped.masked_fill(~is_allowed[..., None], forbidden).flatten(-2)
         return choice_scores.topk(self.top_k, dim=-1, sorted=False).indices
 
-    def _balancing_loss(self, scores: torch.Tensor, topk_indices: torch.Tensor) -> torch.Tensor:
+    def _balancing_loss(
+        self, scores: torch.Tensor, topk_indices: torch.Tensor, is_token: torch.Tensor | None
+    ) -> torch.Tensor:
         alpha = self.config.aux_loss_alpha
         if not self.training or not alpha or self.config.topk_method == "noaux_tc":
             return scores.new_zeros(())
-        return alpha * load_balancing_loss(scores, topk_indices, self.config.seq_aux)
+        return alpha * load_balancing_loss(scores, topk_indices, self.config.seq_aux, is_token)
 
 
 @use_experts_implementation
@@ -230,8 +235,8 @@ class DeepseekV2MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = DeepseekV2MLP(config, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        _, topk_weights, topk_indices, balancing_loss = self.gate(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None) -> torch.Tensor:
+        _, topk_weights, topk_indices, balancing_loss = self.gate(hidden_states, is_token)
         output = self.experts(hidden_states.flatten(0, 1), topk_indices.flatten(0, 1), topk_weights.flatten(0, 1))
         output = output.view_as(hidden_states)
         if self.training and balancing_loss.requires_grad:
@@ -439,17 +444,17 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         attention_class = DeepseekV2Attention if config.use_mla else DeepseekV2MultiHeadAttention
         self.self_attn = attention_class(config, layer_idx)
-        self.mlp = (
-            DeepseekV2MoE(config) if config.is_moe_layer(layer_idx) else DeepseekV2MLP(config, config.intermediate_size)
-        )
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.mlp = DeepseekV2MoE(config) if self.is_moe else DeepseekV2MLP(config, config.intermediate_size)
         self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Hidden states [B, T, D] -> [B, T, D]; keywords as in the attention layer."""
+    def forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """Hidden states [B, T, D] -> [B, T, D]; `is_token` as in the router, other keywords as in the attention."""
         attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed, is_token) if self.is_moe else self.mlp(normed))
 
 
 class DeepseekV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
@@ -568,11 +573,15 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        is_token = None
+        if self.training and attention_mask is not None and attention_mask.dim() == 2:
+            is_token = attention_mask[:, -num_new:].bool()
         position_embeddings = self.rotary_emb(position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                is_token=is_token,  # as an argument, so that recomputed activations get the same
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,

@@ -28,21 +28,16 @@ class RouterBiasUpdate(TrainerCallback):
             if isinstance(module, DeepseekV2TopkRouter) and hasattr(module, "e_score_correction_bias")
         ]
         self.loads = [torch.zeros(router.num_experts, dtype=torch.long) for router in self.routers]
-        self._is_token: torch.Tensor | None = None
-        model.register_forward_pre_hook(self._keep_mask, with_kwargs=True)
         for index, router in enumerate(self.routers):
             router.e_score_correction_bias = router.e_score_correction_bias.float()
             router.register_forward_hook(self._counter(index))
-
-    def _keep_mask(self, model: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        mask = keywords.get("attention_mask")
-        self._is_token = None if mask is None else mask.bool()
 
     def _counter(self, index: int) -> Any:
         def count(router: DeepseekV2TopkRouter, arguments: Any, outputs: Any) -> None:
             if not router.training:
                 return
-            chosen = outputs[2] if self._is_token is None else outputs[2][self._is_token]  # [N, k]
+            _, is_token = arguments
+            chosen = outputs[2] if is_token is None else outputs[2][is_token]  # [N, k]
             load = torch.bincount(chosen.flatten(), minlength=router.num_experts)
             self.loads[index] = self.loads[index].to(load.device) + load
 

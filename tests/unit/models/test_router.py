@@ -7,7 +7,7 @@ import torch
 from small_models import ROUTERS, language_config
 
 from deepseek_vl2.models.balancing_loss import load_balancing_loss
-from deepseek_vl2.models.modeling_deepseek import DeepseekV2MoE, DeepseekV2TopkRouter
+from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2MoE, DeepseekV2TopkRouter
 
 BATCH, TOKENS, EXPERTS, CHOSEN = 2, 40, 12, 3
 
@@ -132,6 +132,37 @@ def test_balancing_loss_by_hand():
     # Together: mean scores .3125 .2125 .2625 .2125, chosen 3 1 2 2 of 8 times, so load 1.5 .5 1 1
     expected = 0.3125 * 1.5 + 0.2125 * 0.5 + 0.2625 + 0.2125
     assert load_balancing_loss(SCORES, CHOICES, is_per_sequence=False).item() == pytest.approx(expected)
+
+
+def test_padding_does_not_count_in_the_balancing_loss():
+    is_token = torch.tensor([[True, True], [True, False]])
+    # Sequence 2 has one token, scores .1 .2 .3 .4, chosen 0 0 1 1 of 2 times, so load 0 0 2 2: .60 + .80 = 1.40
+    loss = load_balancing_loss(SCORES, CHOICES, True, is_token)
+    assert loss.item() == pytest.approx((1.35 + 1.40) / 2)
+    # Together: mean scores 1/3 .2 .8/3 .2, chosen 2 1 2 1 of 6 times, so load 4/3 2/3 4/3 2/3
+    expected = 1 / 3 * 4 / 3 + 0.2 * 2 / 3 + 0.8 / 3 * 4 / 3 + 0.2 * 2 / 3
+    assert load_balancing_loss(SCORES, CHOICES, False, is_token).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_padded_batch_is_balanced_like_its_rows_alone(is_checkpointed):
+    torch.manual_seed(0)
+    model = DeepseekV2ForCausalLM(language_config(aux_loss_alpha=1.0, seq_aux=True)).train()
+    if is_checkpointed:
+        model.activation_checkpointing_enable()
+    ids = torch.randint(10, 150, (2, 11), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+
+    def router_gradient(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """That of the balancing loss alone."""
+        model.zero_grad()
+        (0 * model(ids, attention_mask=mask).logits).sum().backward()
+        return model.model.layers[1].mlp.gate.weight.grad.clone()
+
+    alone = [router_gradient(ids[row : row + 1, :end], mask[row : row + 1, :end]) for row, end in ((0, 11), (1, 4))]
+    assert alone[1].norm() > 1e-3
+    torch.testing.assert_close(router_gradient(ids, mask), (alone[0] + alone[1]) / 2)
 
 
 def test_balancing_loss_of_even_load_is_one():
