@@ -6,6 +6,7 @@ release, `refs` (ref_id, ann_id, image_id, sentences), `annotations` and `images
 stand in a part `instances`); its boxes are x, y, width, height.
 """
 
+import codecs
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ def list_entries(path: Path) -> Iterator[tuple[str, Any]]:
         ValueError: it begins like a list and is none.
     """
     with path.open("rb") as file:
-        is_list = file.read(1024).lstrip().startswith(b"[")
+        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     if not is_list:
         yield from json_lines(path)
         return

@@ -7,8 +7,10 @@
 import base64
 import binascii
 import csv
+import itertools
 import string
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +35,19 @@ def tsv_entries(path: Path) -> Iterator[tuple[str, TsvRow]]:
     """Yields every row with the line it ends in.
 
     Raises:
-        ValueError: it is no table with the columns question and index.
+        ValueError: it is no table with the columns question and index, or a quotation mark is not closed.
     """
     previous_limit = csv.field_size_limit(_MAX_CELL_LENGTH)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            missing = {"index", "question"} - set(reader.fieldnames or ())
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = _table_rows(file)
+            header = next(table, None)
+            names = header[1] if header else []
+            missing = {"index", "question"} - set(names)
             if missing:
                 raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))} in its first line")
-            rows = [(f"line {reader.line_num}", row) for row in reader]
+            # Cells that are missing become None, those too many stand under None.
+            rows = [(f"line {line}", dict(itertools.zip_longest(names, cells))) for line, cells in table if cells]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table in UTF-8 with tabs: {error}") from error
     finally:
@@ -50,6 +55,38 @@ def tsv_entries(path: Path) -> Iterator[tuple[str, TsvRow]]:
     images = {row["index"]: row.get("image") or "" for _, row in rows}
     for where, row in rows:
         yield where, TsvRow(row, images)
+
+
+def _table_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields rows with the number of the line they end in.
+
+    A cell such as `"Why" does it say so?` breaks the rules; where they leave no doubt about its end, it is read as the
+    usual programs read it, without its quotation marks.
+
+    Raises:
+        csv.Error: a quotation mark is not closed, or closed lines later in the middle of a cell.
+    """
+    last: deque[str] = deque(maxlen=1)
+
+    def remembered() -> Iterator[str]:
+        for line in lines:
+            last.append(line)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter="\t", strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # The empty line becomes a row of its own, unless a cell is still open.
+            alone = list(csv.reader([*last, "\n"], delimiter="\t"))
+            if reader.line_num > start or len(alone) != 2:
+                raise csv.Error(f"a quotation mark in the row that begins in line {start} is not closed") from error
+            cells = alone[0]
+        yield reader.line_num, cells
 
 
 def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:

@@ -112,6 +112,25 @@ def test_a_row_with_too_few_or_too_many_cells(folder):
     assert [problem.where for problem in problems] == ["line 2", "line 3"]
 
 
+def test_a_table_with_a_byte_order_mark_and_quotation_marks_within_a_cell(folder):
+    content = (
+        '\ufeffindex\tquestion\tanswer\n1\t"Why" does it say so?\ta\n2\tA "b" c\t"x\ty"\n\n3\t"two\nlines"\t"""z"""\n'
+    )
+    samples, problems = read(folder, "data.tsv", content)
+    assert problems == []
+    assert [(sample.where, sample.question, sample.answers) for sample in samples] == [
+        ("line 2", "Why does it say so?", ("a",)),
+        ("line 3", 'A "b" c', ("x\ty",)),
+        ("line 6", "two\nlines", ('"z"',)),
+    ]
+
+
+@pytest.mark.parametrize("rest", ["", '3\t"Right" so?\ta\n', "3\tq\ta\n"])
+def test_a_quotation_mark_that_is_not_closed(folder, rest):
+    with pytest.raises(ValueError, match=r"data\.tsv is no table.* line 3 is not closed"):
+        read(folder, "data.tsv", f'index\tquestion\tanswer\n1\tq\ta\n2\t"Why does it?\ta\n{rest}')
+
+
 def test_what_is_no_table_is_refused(folder):
     with pytest.raises(ValueError, match="no column index and no question"):
         read(folder, "data.tsv", "a\tb\n1\t2\n")
@@ -133,6 +152,13 @@ def test_refcoco_list_says_how_its_boxes_are_written(folder):
     first, second = read(folder, "d.json", json.dumps(entries), "refcoco_list").samples
     assert (first.id, first.question, first.boxes) == ("5", "left cat", ((10, 5, 30, 25),))
     assert (second.where, second.category, second.boxes) == ("entry 2", "testA", ((10, 5, 40, 30),))
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_refcoco_list_with_a_byte_order_mark(folder, is_list):
+    entry = {**ENTRY, "bbox_format": "xyxy"}
+    (sample,), problems = read(folder, "d.json", "\ufeff" + json.dumps([entry] if is_list else entry), "refcoco_list")
+    assert (sample.question, problems) == ("left cat", [])
 
 
 @pytest.mark.parametrize("field", ["sentence", "caption", "sent"])
