@@ -1,11 +1,14 @@
 """JSON lines of lmms-eval: what `--log_samples` writes, `{"doc_id": ..., "doc": {...}, "target": ...}`, or documents.
 
-A document carries `question`, `answers` (or `answer`), `image` (or `image_path`, `images`: paths), `options` (a list,
-or fields A, B, ...) and `category`.
+A document carries `question`, `answers` (or `answer`, `label`), `image` (or `image_path`, `images`, or `image_1` to
+`image_7`: paths), `options` (a list, or fields A, B, ...) and `category`. What has "image" in its name is left out by
+`--log_samples`: paths have to be put back. The answer to a choice is a letter, an option's text, or its place in the
+list, counted from 0; a letter in `target` goes before.
 """
 
+import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_vl2.evaluate.readers.common import (
@@ -19,6 +22,9 @@ from deepseek_vl2.evaluate.readers.common import (
 from deepseek_vl2.evaluate.samples import Sample
 from deepseek_vl2.utils.data_files import parse_json, picture_path
 
+# As MMMU names them.
+MAX_NUMBERED_PICTURES = 7
+
 
 def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     """Builds the sample of a line.
@@ -29,10 +35,9 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     """
     fields = as_mapping(parse_json(line), "a line")
     document = as_mapping(fields.get("doc", fields), "'doc'")
-    names = listed(first_of(document, "image", "image_path", "images"))
+    names = _picture_names(document)
     pictures = tuple(picture_path(name, options.picture_root) for name in names)
     choices = _options(document)
-    answers = texts(first_of(document, "answers", "answer", "label") or first_of(fields, "target"))
     sample_id = first_of(document, "question_id", "questionId", "id", "index")
     return Sample(
         id=str(fields.get("doc_id", where) if sample_id is None else sample_id),
@@ -40,24 +45,56 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
         question=question_of(document, "question"),
         pictures=pictures,
         sizes=options.sizes_of(pictures),
-        answers=tuple(_letter(answer, choices) for answer in answers),
+        answers=_answers(document, fields, choices),
         options=choices,
-        hint=str(first_of(document, "hint") or ""),
+        hint=str(document.get("hint")) if _is_filled(document.get("hint")) else "",
         category=str(first_of(document, "category", "question_type", "subfield") or ""),
     )
 
 
+def _is_filled(value: Any) -> bool:
+    """Whether a cell holds something; tables that pandas wrote have "nan" where it does not."""
+    return value not in (None, "", [], "nan") and not (isinstance(value, float) and math.isnan(value))
+
+
+def _picture_names(document: Mapping[str, Any]) -> list[Any]:
+    names = listed(first_of(document, "image", "image_path", "images"))
+    numbered = (document.get(f"image_{number}") for number in range(1, MAX_NUMBERED_PICTURES + 1))
+    return names or [name for name in numbered if _is_filled(name)]
+
+
 def _options(document: Mapping[str, Any]) -> dict[str, str]:
-    listed_options = listed(document.get("options"))
-    if listed_options:
-        return dict(zip(string.ascii_uppercase, map(str, listed_options), strict=False))
-    return {
-        letter: str(document[letter]) for letter in string.ascii_uppercase if document.get(letter) not in (None, "")
-    }
+    values = dict(zip(string.ascii_uppercase, listed(document.get("options")), strict=False))
+    if not values:
+        values = {letter: document.get(letter) for letter in string.ascii_uppercase}
+    return {letter: str(value) for letter, value in values.items() if _is_filled(value)}
 
 
-def _letter(answer: str, options: Mapping[str, str]) -> str:
-    """The letter of an answer that is given as an option's text."""
+def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
+    """What counts as right; of multiple choice, letters.
+
+    Raises:
+        ValueError: an answer is no text, or can be meant in two ways.
+    """
+    own = texts(first_of(document, "answers", "answer", "label"))
+    target = texts(first_of(fields, "target"))
+    if target and all(answer in options for answer in target):
+        return target
+    letters = string.ascii_uppercase if listed(document.get("options")) else ""
+    return tuple(_letter(answer, options, letters, bool(target)) for answer in own or target)
+
+
+def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], has_target: bool) -> str:
+    """The letter of an answer that is given as an option's text, or as its place among `letters`."""
     if answer in options:
         return answer
-    return next((letter for letter, option in options.items() if option == answer), answer)
+    named = next((letter for letter, option in options.items() if option == answer), None)
+    is_place = answer.isascii() and answer.isdecimal() and int(answer) < len(letters)
+    placed = letters[int(answer)] if is_place and letters[int(answer)] in options else None
+    # Beside a log's target the answer is as the task's program reads it, which may be either.
+    if has_target and named and placed and named != placed:
+        raise ValueError(
+            f"the answer {answer!r} may be option {named}, whose text it is, or option {placed}, counted from 0; "
+            "write its letter"
+        )
+    return named or placed or answer

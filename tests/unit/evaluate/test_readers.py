@@ -266,6 +266,49 @@ def test_lmms_eval(folder):
     assert samples[2].category == "animals"
 
 
+LABELS = ["root", "leaf", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "answers"),
+    [
+        ({"doc": {"options": LABELS, "answer": "1"}, "target": "B"}, ("B",)),  # AI2D
+        ({"doc": {"options": LABELS, "answer": "1"}}, ("B",)),
+        ({"doc": {"options": LABELS, "answer": 0}, "target": "1"}, ("A",)),
+        ({"doc": {"options": LABELS, "answer": "stem"}, "target": "2"}, ("C",)),
+        ({"doc": {"options": ["3", "0", "1"], "answer": "1"}}, ("C",)),  # a text
+        ({"doc": {"options": ["3", "0", "1"], "answer": "1"}, "target": "B"}, ("B",)),
+        ({"doc": {"options": ["0", "1"], "answer": "1"}, "target": "1"}, ("B",)),  # a text or a place, the same
+        ({"doc": {"A": "root", "B": "leaf", "answer": "1"}}, ("1",)),  # no list that could be counted
+        ({"doc": {"options": LABELS, "answer": "7"}}, ("7",)),
+        ({"doc": {"answer": 0}, "target": "zero"}, ("0",)),
+        ({"doc": {"answer": ""}, "target": 0}, ("0",)),
+    ],
+)
+def test_answers_of_lmms_eval(folder, fields, answers):
+    fields["doc"]["question"] = "Which?"
+    (sample,), problems = read(folder, "d.jsonl", lines(fields), "lmms_eval")
+    assert (sample.answers, problems) == (answers, [])
+
+
+def test_an_answer_of_lmms_eval_with_two_meanings_is_refused(folder):
+    document = {"question": "Which?", "options": ["3", "0", "1"], "answer": "1"}
+    _, (problem,) = read(folder, "d.jsonl", lines({"doc": document, "target": "1"}), "lmms_eval")
+    assert "'1' may be option C, whose text it is, or option B" in problem.reason
+
+
+def test_empty_cells_and_numbered_pictures_of_lmms_eval(folder):
+    content = lines(
+        {"question": "Q?", "A": "cat", "B": "dog", "C": "nan", "D": float("nan"), "hint": "nan", "answer": "A"},
+        {"question": "Q?", "hint": "Look.", "image_1": "a.png", "image_2": "b.png", "image_3": None},
+        {"question": "Q?", "image": "b.png", "image_1": "a.png"},
+    )
+    first, second, third = read(folder, "d.jsonl", content, "lmms_eval").samples
+    assert (first.options, first.hint, first.pictures) == ({"A": "cat", "B": "dog"}, "", ())
+    assert (second.hint, second.pictures) == ("Look.", (str(folder / "a.png"), str(folder / "b.png")))
+    assert third.pictures == (str(folder / "b.png"),)
+
+
 # -- conversations ----------------------------------------------------------------------------------------------------
 
 QUESTION = {"role": "<|User|>", "content": "<image>\nWhere?", "images": ["a.png"]}
