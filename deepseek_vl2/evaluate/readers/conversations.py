@@ -3,8 +3,10 @@
 `{"id": ..., "conversations": [{"role": "<|User|>", "content": "<image>\\n...", "images": ["a.jpg"]}, ...],
 "answer": ..., "boxes": [[x1, y1, x2, y2], ...], "options": {"A": ...}, "category": ...}` (or `"messages"`).
 
-The conversation is asked word for word. A last message of the assistant is the expected answer where `answer` (or
-`answers`) is missing, and the boxes marked in it are the expected ones where `boxes` (pixels of the last picture) is.
+Messages may have all the forms that fine-tuning takes: parts in OpenAI's style, a system message in front, pictures by
+path, address or data URI. The conversation is asked word for word. A last message of the assistant is the expected
+answer where `answer` (or `answers`) is missing, and the boxes marked in it are the expected ones where `boxes` (pixels
+of the last picture) is.
 """
 
 from collections.abc import Mapping
@@ -12,10 +14,12 @@ from typing import Any
 
 from deepseek_vl2.evaluate.readers.common import ReadOptions, as_mapping, first_of, read_box, texts
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
-from deepseek_vl2.models.chat_format import ASSISTANT_NAMES, USER_NAMES
+from deepseek_vl2.models.chat_format import Speaker, content_text, speaker_of
+from deepseek_vl2.models.conversation import get_conv_template
 from deepseek_vl2.models.special_tokens import IMAGE
 from deepseek_vl2.serve.grounding import read_grounding
-from deepseek_vl2.utils.data_files import parse_json, picture_path
+from deepseek_vl2.utils.data_files import parse_json, with_full_paths
+from deepseek_vl2.utils.pictures import picture_sources
 
 
 def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
@@ -26,53 +30,62 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
         OSError: a picture is not there.
     """
     fields = as_mapping(parse_json(line), "a line")
-    messages = _messages(fields)
-    last_answer = messages.pop()["content"] if messages[-1]["role"] in ASSISTANT_NAMES else ""
-    if not messages or messages[-1]["role"] not in USER_NAMES:
+    messages, speakers = _messages(fields)
+    last_answer = ""
+    if speakers and speakers[-1] is Speaker.ASSISTANT:
+        last_answer = content_text(messages.pop().get("content"))
+        speakers.pop()
+    if not speakers or speakers[-1] is not Speaker.USER:
         raise ValueError("the conversation must end with a question of the user, or with one and its answer")
-    for number, message in enumerate(messages):
-        if message["role"] in ASSISTANT_NAMES and not message["content"].strip():
+    asked = [_with_pictures(message, number, options) for number, message in enumerate(messages)]
+    for number, (message, speaker) in enumerate(zip(asked, speakers, strict=True)):
+        if speaker is Speaker.ASSISTANT and not message["content"].strip():
             raise ValueError(f"message {number} is an answer with no text")
-    messages = [_with_pictures(message, number, options) for number, message in enumerate(messages)]
-    pictures = tuple(picture for message in messages for picture in message["images"])
+    pictures = tuple(picture for message in asked for picture in message["images"])
     sizes = options.sizes_of(pictures)
     choices = as_mapping(fields.get("options", {}), "'options'")
     return Sample(
         id=str(fields.get("id", where)),
         where=where,
-        question=messages[-1]["content"].replace(IMAGE, "").strip(),
+        question=asked[-1]["content"].replace(IMAGE, "").strip(),
         pictures=pictures,
         sizes=sizes,
         answers=texts(first_of(fields, "answers", "answer")) or ((last_answer,) if last_answer else ()),
         boxes=_boxes(fields.get("boxes"), last_answer, sizes),
         options={letter: str(option) for letter, option in choices.items()},
         category=str(fields.get("category") or ""),
-        messages=tuple(messages),
+        messages=tuple(asked),
     )
 
 
-def _messages(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _messages(fields: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Speaker]]:
     messages = first_of(fields, "conversations", "messages")
     if not isinstance(messages, list):
         raise ValueError("no list conversations (or messages); another kind of file needs --format")
+    template = get_conv_template("deepseek")
+    speakers = []
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} must be an object with role, content (text) and images")
-        if message.get("role") not in (*USER_NAMES, *ASSISTANT_NAMES):
-            raise ValueError(f"message {number} has the unknown role {message.get('role')!r}: take {USER_NAMES[0]!r}")
-    return [dict(message) for message in messages]
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {number} must be an object with role, content and images, not {message!r:.80}")
+        try:
+            speakers.append(speaker_of(message["role"], template))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    return messages, speakers
 
 
 def _with_pictures(message: Mapping[str, Any], number: int, options: ReadOptions) -> dict[str, Any]:
-    names = message.get("images") or []
-    if not isinstance(names, list):
-        raise ValueError(f"'images' of message {number} must be a list of paths")
-    content, num_marks = message["content"], message["content"].count(IMAGE)
+    """The message as text with its pictures' sources; without marks in the text, they are put in front."""
+    content = content_text(message.get("content"))
+    pictures = list(picture_sources([with_full_paths(message, options.picture_root)]))
+    wrong = [source for source in pictures if not isinstance(source, str)]
+    if wrong:
+        raise ValueError(f"a picture of message {number} is given by its path or address, not by {wrong[0]!r:.80}")
+    num_marks = content.count(IMAGE)
     if num_marks == 0:
-        content = f"{IMAGE}\n" * len(names) + content
-    elif num_marks != len(names):
-        raise ValueError(f"message {number} has {num_marks} {IMAGE} mark(s) for {len(names)} picture(s)")
-    pictures = [picture_path(name, options.picture_root) for name in names]
+        content = f"{IMAGE}\n" * len(pictures) + content
+    elif num_marks != len(pictures):
+        raise ValueError(f"message {number} has {num_marks} {IMAGE} mark(s) for {len(pictures)} picture(s)")
     return {"role": message["role"], "content": content, "images": pictures}
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from deepseek_vl2.evaluate.readers import choose_format, read_samples
 from deepseek_vl2.evaluate.readers.common import listed, read_box
+from deepseek_vl2.nano.architecture import nano_processor
+from deepseek_vl2.train.data import parse_line
 
 WIDTH, HEIGHT = 60, 40
 
@@ -337,10 +339,42 @@ def test_conversations(folder):
     assert (fourth.question, len(fourth.messages), fourth.sizes) == ("Sure?", 3, ((WIDTH, HEIGHT),))
 
 
+def test_conversations_in_every_form_that_fine_tuning_reads(folder):
+    data_uri = f"data:image/png;base64,{png('green', (50, 20))}"
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+    parts = [
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image", "path": "b.png"},
+        {"type": "text", "text": "Which?"},
+    ]
+    documents = (
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}, answer]},
+        {"messages": [{"role": "User", "content": "<image>Which?", "images": [data_uri]}, answer]},
+        {"messages": [{"role": "user", "content": "<image>Which?", "images": [(folder / "b.png").as_uri()]}, answer]},
+        {"messages": [{"role": "user", "content": "Hi", "images": None}, answer]},
+    )
+    processor = nano_processor()
+    for document in documents:
+        parse_line(json.dumps(document).encode(), folder, processor)
+    samples, problems = read(folder, "d.jsonl", lines(*documents))
+    assert problems == []
+    assert [sample.answers for sample in samples] == [("A cat.",)] * 4
+    system, question = samples[0].messages
+    assert system == {"role": "system", "content": "Be brief.", "images": []}
+    assert question["content"] == "<image>\n<image>\nWhich?"
+    assert samples[0].pictures == (str(folder / "a.png"), str(folder / "b.png"))
+    assert [sample.sizes for sample in samples[1:]] == [((50, 20),), ((WIDTH, HEIGHT),), ()]
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("{no json", "not JSON"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown content part"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "names no picture"),
+        ({"messages": [{**QUESTION, "images": [{"url": "a.png"}]}]}, "by its path or address"),
+        ({"messages": [{**QUESTION, "images": ["gopher://a/b.png"]}]}, "addresses must start with http:"),
+        ({"messages": [{**QUESTION, "role": "system"}]}, "must end with a question"),
         ({"messages": [{**QUESTION, "content": "<image>\ud800"}]}, "half a character"),
         ("[1]", "must be an object"),
         ({"doc": {}}, "--format"),
