@@ -12,6 +12,7 @@ objects and of the tasks that nano knew before. Old questions are mixed in, so t
 import argparse
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -95,6 +96,16 @@ def measure(model_path: str, folder: Path, num_scenes: int, run: str) -> dict[st
     return scores
 
 
+def merge_anew(model_path: str, adapter: str, folder: Path) -> None:
+    """Merges an adapter into a folder that an earlier run of the same command may have filled, or half filled."""
+    draft = folder.with_name(f"{folder.name}.tmp")
+    for old in (draft, folder):
+        if old.exists():
+            shutil.rmtree(old)
+    merge(model_path, adapter, draft)
+    draft.rename(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the example; prints a table, then one line of JSON."""
     parser = argparse.ArgumentParser(prog="new_color.py", description=__doc__.split("\n")[0])
@@ -119,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         before = measure(config.model_path, measured, options.num_scenes, "before")
         result = train(config)
         merged = options.folder / "merged"
-        merge(config.model_path, config.output_dir, merged)
+        merge_anew(config.model_path, config.output_dir, merged)
         after = measure(str(merged), measured, options.num_scenes, "after")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -24,6 +24,12 @@ def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, 
     steps = ["--set", "max_steps=2", "batch_size=2", "device=cpu"]
     assert example.main(["--folder", str(tmp_path), *small, *steps]) == 0
     document = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    # The same command again, as after one that was killed while it merged.
+    (tmp_path / "merged").rename(tmp_path / "merged.tmp")
+    (tmp_path / "merged.tmp" / "config.json").unlink()
+    for _ in range(2):
+        assert example.main(["--folder", str(tmp_path), *small, *steps]) == 0
+        assert json.loads(capsys.readouterr().out.strip().split("\n")[-1]) == document
     assert document["steps"] == 2
     tasks = {*example.NEW_TASKS, *example.OLD_TASKS}
     assert document["before"].keys() == document["after"].keys() == tasks
