@@ -50,7 +50,8 @@ _QUARTER_TURNS = (
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
-# What Pillow's readers raise on broken data, beside OSError.
+# What Pillow's readers raise on broken data, beside OSError. RuntimeError (of damaged AVIF) has NotImplementedError (of
+# DDS with unknown codecs) among its kinds.
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -59,6 +60,8 @@ _DECODING_ERRORS = (
     IndexError,
     KeyError,
     TypeError,
+    OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )

@@ -2,10 +2,12 @@
 
 import base64
 import io
+import struct
 
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from deepseek_vl2.models.image_transform import to_rgb
 from deepseek_vl2.models.picture_files import load_image, read_image_size
@@ -95,3 +97,21 @@ def test_the_size_is_read_without_the_pixels(tmp_path):
         read_image_size(tmp_path / "gone.png")
     with pytest.raises(ValueError, match="not a picture"):
         read_image_size(b"text")
+
+
+def test_what_pillow_cannot_do_with_a_broken_file_is_told_as_a_broken_file():
+    """DDS of an unknown codec: NotImplementedError, a kind of RuntimeError."""
+    numbers = struct.pack("<7I", 124, 0x1007, 4, 4, 0, 0, 0)
+    codec = struct.pack("<2I4s5I", 32, 4, b"ZZZZ", 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="the picture of 192 bytes has a broken picture header"):
+        load_image(b"DDS " + numbers + bytes(44) + codec + struct.pack("<5I", 0x1000, 0, 0, 0, 0) + bytes(64))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), OverflowError("too large")])
+def test_errors_of_decoders_name_the_picture(file, monkeypatch, error):
+    def load(image):
+        raise error
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    with pytest.raises(ValueError, match=r"turned\.png' is a broken or truncated picture"):
+        load_image(file)
