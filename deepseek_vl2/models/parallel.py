@@ -4,6 +4,7 @@ Tensor parallelism gives each process some heads of every layer and a part of th
 expert parallelism gives it some experts whole. Vision tower, projector, norms and routers are whole in every process.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -74,25 +75,37 @@ def check_shares(config: Any, tp_size: int, ep_size: int) -> None:
         ep_size: Processes that share the experts; 1 if these are divided by width as well.
 
     Raises:
-        ValueError: If a number is left over.
+        ValueError: If a number is left over. It says which numbers of processes fit all that is divided.
     """
     sizes = {"num_attention_heads": config.num_attention_heads}
     if not config.use_mla:
         sizes["num_key_value_heads"] = config.num_key_value_heads
     if config.n_routed_experts is not None and ep_size == 1:
         sizes["moe_intermediate_size (width of an expert)"] = config.moe_intermediate_size
-    for name, size in sizes.items():
-        _check_share(name, size, tp_size)
+    shares = [(name, size, tp_size) for name, size in sizes.items()]
     if config.n_routed_experts is not None:
-        _check_share("n_routed_experts", config.n_routed_experts, ep_size)
+        shares.append(("n_routed_experts", config.n_routed_experts, ep_size))
+    for name, size, num_processes in shares:
+        if size % num_processes:
+            fitting = ", ".join(map(str, _fitting_counts(config, list(sizes.values()), ep_size)))
+            raise ValueError(
+                f"{name} is {size}, which {num_processes} processes cannot share evenly; numbers of processes "
+                f"that fit all sizes of this model: {fitting}."
+            )
 
 
-def _check_share(name: str, size: int, num_processes: int) -> None:
-    if size % num_processes:
-        fitting = ", ".join(str(count) for count in range(1, size + 1) if size % count == 0)
-        raise ValueError(
-            f"{name} is {size}, which {num_processes} processes cannot share evenly; start one of {fitting} processes."
-        )
+def _fitting_counts(config: Any, sizes: list[int], ep_size: int) -> list[int]:
+    """Numbers of processes that fit all that is divided: given sizes, and those that `check_shares` does not refuse."""
+    sizes = list(sizes)
+    is_moe = [config.is_moe_layer(layer_idx) for layer_idx in range(config.num_hidden_layers)]
+    if not all(is_moe):
+        sizes.append(config.intermediate_size)
+    if any(is_moe) and config.n_shared_experts:
+        sizes.append(config.n_shared_experts * config.moe_intermediate_size)
+    if config.n_routed_experts is not None and ep_size > 1:
+        sizes.append(config.n_routed_experts)
+    common = math.gcd(*sizes)
+    return [count for count in range(1, common + 1) if common % count == 0]
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,6 @@ def test_heads_that_cannot_be_shared_are_named_once(repository, tmp_path):
     complaints = [line for line in done.stderr.splitlines() if line.startswith("inference.py: error: ")]
     assert complaints == [
         "inference.py: error: num_attention_heads is 3, which 2 processes cannot share evenly; "
-        "start one of 1, 3 processes."
+        "numbers of processes that fit all sizes of this model: 1."
     ]
     assert done.stdout == ""

@@ -11,6 +11,10 @@ from deepseek_vl2.models.parallel import check_shares
 REPLICATED = ("norm", "gate.weight", "e_score_correction_bias", "q_a_proj", "kv_a_proj_with_mqa")
 
 
+def heads(count):
+    return {"num_attention_heads": count, "num_key_value_heads": count}
+
+
 @pytest.mark.parametrize("changes", [*VARIANTS.values(), {"q_lora_rank": 24}, {"n_shared_experts": None}])
 def test_the_plan_names_every_weight_of_the_language_model_and_nothing_else(changes):
     with torch.device("meta"):
@@ -41,10 +45,12 @@ def test_plans_are_no_part_of_a_saved_configuration():
 @pytest.mark.parametrize(
     ("changes", "tp_size", "ep_size", "complaint"),
     [
-        ({}, 4, 1, r"num_attention_heads is 6, which 4 processes cannot share evenly; start one of 1, 2, 3, 6"),
+        ({}, 4, 1, r"num_attention_heads is 6, which 4 processes cannot share evenly; .* sizes of this model: 1, 2\.$"),
         ({"use_mla": False, "num_key_value_heads": 2}, 3, 1, r"num_key_value_heads is 2"),
         ({}, 3, 1, r"moe_intermediate_size \(width of an expert\) is 56"),
-        ({"n_routed_experts": 10}, 3, 3, r"n_routed_experts is 10, which 3 .* one of 1, 2, 5, 10 processes"),
+        ({"n_routed_experts": 10}, 3, 3, r"n_routed_experts is 10, which 3 .*: 1, 2\.$"),
+        ({**heads(10), "intermediate_size": 90, "moe_intermediate_size": 35}, 3, 1, r": 1, 5\.$"),
+        ({**heads(8), "intermediate_size": 30}, 3, 1, r": 1, 2\.$"),
     ],
 )
 def test_what_cannot_be_shared_out_is_named(changes, tp_size, ep_size, complaint):
