@@ -111,6 +111,8 @@ def asked_conversation(messages: Any, folder: Path) -> tuple[tuple[Mapping[str, 
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise ValueError(f"a conversation must be a list of messages with role and content, not {messages!r:.80}")
     check_messages(messages)
+    for message in messages:
+        content_text(message.get("content"))  # refuses what is neither text nor parts, wherever it stands
     last = messages[-1]
     if last.get("role") in ASSISTANT_NAMES and not content_text(last.get("content")).strip():
         messages = messages[:-1]

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl2.utils.errors import naming_file
+
 OUTPUT_SUFFIXES = (".jsonl", ".parquet")
 _ROWS_OF_A_GROUP = 1000
 
@@ -37,13 +39,14 @@ def write_output(records: Iterable[Mapping[str, Any]], path: Path, folder: Path)
         folder: of the run, on the same disk; holds the draft.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; the file is named.
     """
     draft = folder / f"output{path.suffix}.tmp"
     try:
-        (_write_parquet if path.suffix.lower() == ".parquet" else _write_lines)(records, draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
+        with naming_file(draft):
+            (_write_parquet if path.suffix.lower() == ".parquet" else _write_lines)(records, draft)
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import atexit
 import math
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -15,7 +16,8 @@ POINTS_PER_INCH = 72
 DEFAULT_DPI = 144
 _MAX_OPEN_FILES = 4
 
-# PDFium may be used by one thread at a time.
+# PDFium may be used by one thread at a time. Pages and bitmaps are closed under the lock, too: left to the garbage
+# collector, they would call PDFium whenever and wherever that runs.
 _lock = Lock()
 _opened: OrderedDict[str, Any] = OrderedDict()
 
@@ -57,8 +59,8 @@ def page_size(page: PdfPage) -> tuple[int, int]:
         ValueError: the page is broken or too large; see also `count_pages`.
         OSError: the file is not there.
     """
-    with _lock:
-        return _pixels(_page(page), page)
+    with _lock, closing(_page(page)) as opened:
+        return _pixels(opened, page)
 
 
 def draw_page(page: PdfPage) -> Image.Image:
@@ -69,14 +71,13 @@ def draw_page(page: PdfPage) -> Image.Image:
         OSError: the file is not there.
     """
     pdfium = _require_pdfium()
-    with _lock:
-        opened = _page(page)
+    with _lock, closing(_page(page)) as opened:
         _pixels(opened, page)
         try:
-            drawn = opened.render(scale=page.dpi / POINTS_PER_INCH).to_pil()
+            with closing(opened.render(scale=page.dpi / POINTS_PER_INCH)) as bitmap:
+                return bitmap.to_pil().convert("RGB")  # a copy: the bitmap belongs to PDFium
         except pdfium.PdfiumError as error:
             raise ValueError(f"page {page.number + 1} of {page.path} cannot be drawn: {error}") from error
-        return drawn.convert("RGB")  # a copy: the bitmap belongs to PDFium
 
 
 def _require_pdfium() -> Any:

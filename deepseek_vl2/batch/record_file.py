@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from deepseek_vl2.utils.data_files import parse_json
+from deepseek_vl2.utils.errors import naming_file
 from deepseek_vl2.utils.run_folder import append_records, read_records
 
 RECORDS_FILE = "records.jsonl"
@@ -95,12 +96,12 @@ def drop_failed(folder: Path) -> int:
 
     Raises:
         ValueError: a line is damaged.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; it is named.
     """
     path = folder / RECORDS_FILE
     draft = folder / f"{RECORDS_FILE}.tmp"
     num_failed = 0
-    with draft.open("w", encoding="utf-8", newline="\n") as file:
+    with naming_file(draft), draft.open("w", encoding="utf-8", newline="\n") as file:
         for _, record in read_records(path):
             if record.get("error") is None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """What a batch run says about an item: one line of its output."""
 
+from dataclasses import replace
 from typing import Any
 
 from deepseek_vl2.batch.preparing import PreparedItem
@@ -41,6 +42,7 @@ def answer_record(prepared: PreparedItem, answer: BatchAnswer, seconds: float) -
 
 def error_record(prepared: PreparedItem) -> dict[str, Any]:
     """The record of an item that cannot be asked."""
-    empty = answer_record(PreparedItem(prepared.item, sizes=prepared.sizes), BatchAnswer("", 0, False), 0.0)
+    bare = replace(prepared.item, messages=())  # the question may be what cannot be read
+    empty = answer_record(PreparedItem(bare, sizes=prepared.sizes), BatchAnswer("", 0, False), 0.0)
     problem = prepared.problem.encode("utf-8", "replace").decode()  # names of files may hold other bytes
     return empty | {"text": None, "error": problem}

@@ -59,7 +59,9 @@ class EntryReader:
     def _pictures(self, entry: Mapping[str, Any]) -> tuple[ItemPicture, ...]:
         names = IMAGE_FIELDS if self.image_column is None else (self.image_column,)
         cell = next((entry[name] for name in names if entry.get(name) is not None), None)
-        if cell is None and (entry.get(PROMPT_FIELD) is None or any(name in entry for name in names)):
+        is_named = cell is None and any(name in entry for name in names)
+        is_asked_blind = not cell and entry.get(PROMPT_FIELD) is None  # the template's question is about a picture
+        if is_named or is_asked_blind:
             raise ValueError(f"there is no picture: {' or '.join(names)} is missing or empty")
         cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
         return tuple(self._picture(value) for value in cells)

@@ -5,11 +5,13 @@ import json
 import pickle
 
 import pyarrow
+import pypdfium2
 import pytest
 from batch_inputs import save_pdf, save_pictures
 from PIL import Image
 from pyarrow import parquet
 
+from deepseek_vl2.batch import pdf
 from deepseek_vl2.batch.items import PromptTemplate
 from deepseek_vl2.batch.pdf import PdfPage, draw_page, page_size
 from deepseek_vl2.batch.pictures import item_picture_size, load_item_picture
@@ -95,6 +97,34 @@ def test_pages_of_a_pdf(folder):
         draw_page(PdfPage(page.path, 9))
 
 
+def test_pages_and_bitmaps_are_closed_while_pdfium_is_locked(folder, monkeypatch):
+    """Left to the garbage collector they would be closed beside another thread's drawing."""
+    opened, locked = [], []
+    original = pdf._page, pypdfium2.PdfPage.render, pypdfium2.internal.AutoCloseable.close
+
+    def noting(function):
+        def note(*arguments, **options):
+            opened.append(function(*arguments, **options))
+            return opened[-1]
+
+        return note
+
+    def close(self):
+        locked.append(pdf._lock.locked())
+        original[2](self)
+
+    monkeypatch.setattr(pdf, "_page", noting(original[0]))
+    monkeypatch.setattr(pypdfium2.PdfPage, "render", noting(original[1]))
+    monkeypatch.setattr(pypdfium2.internal.AutoCloseable, "close", close)
+    page = PdfPage(str(folder / "doc.pdf"), 1, 72)
+    assert page_size(page) == draw_page(page).size
+    with pytest.raises(ValueError, match="the limit is"):
+        page_size(PdfPage(page.path, 1, 100_000))
+    assert len(opened) == len(locked) == 4
+    assert all(locked)
+    assert not any(entry.raw for entry in opened)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -143,12 +173,13 @@ def test_json_lines(tmp_path):
         {"conversation": [*conversation, {"role": "assistant", "content": ""}]},
         {"messages": parts},
         {"prompt": "No picture."},
+        {"prompt": "None either.", "images": []},
     )
     source = open_source(name, prompt="Where is {town}?")
     items = all_items(source)
-    assert [item.id for item in items] == ["first", "1", "2", "3", "4"]
+    assert [item.id for item in items] == ["first", "1", "2", "3", "4", "5"]
     full = [str(tmp_path / file) for file in ("00.png", "01.png")]
-    assert [list(item.pictures) for item in items] == [full[:1], full, full[:1], full[1:], []]
+    assert [list(item.pictures) for item in items] == [full[:1], full, full[:1], full[1:], [], []]
     assert texts(source)[:2] == ["<image>\nWhere is Ulm?", "<image>\n<image>\nLiterally {town}?"]
     assert items[2].messages == ({**conversation[0], "images": full[:1]},)
     assert items[4].messages[0]["content"] == "No picture."
@@ -165,11 +196,14 @@ def test_json_lines(tmp_path):
         ({"image": 7}, "not by 7"),
         ({"image": None}, "there is no picture"),
         ({"text": "x"}, "there is no picture"),
+        ({"images": []}, "there is no picture"),
         ({"image": "00.png", "prompt": 5}, "'prompt' must be a text"),
         ({"image": "00.png", "prompt": " "}, "the prompt is empty"),
         ({"image": "00.png", "prompt": "<image> <image> What?"}, "2 <image> mark"),
         ({"conversation": "x"}, "must be a list of messages"),
         ({"conversation": [{"role": "assistant", "content": "x"}]}, "must end with a question"),
+        ({"messages": [{"role": "user", "content": 5}]}, "text or a list of parts, got int"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "unknown content part 5"),
     ],
 )
 def test_bad_lines_are_items_with_a_problem(tmp_path, line, said):

@@ -89,6 +89,8 @@ def test_an_error_has_the_same_fields():
     made = error_record(PreparedItem(Item(1, "b.png", problem="x"), problem="no file \udcff"))
     assert list(made) == list(answered())
     assert (made["text"], made["error"], made["boxes"], made["new_tokens"]) == (None, "no file ?", [], 0)
+    unreadable = Item(1, "b.png", ({"role": "user", "content": 5},))
+    assert error_record(PreparedItem(unreadable, problem="x"))["error"] == "x"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -106,8 +108,9 @@ def test_the_output_is_written_at_once(tmp_path, suffix):
         yield records[0]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         write_output(fail(), path, tmp_path)
+    assert caught.value.filename == str(tmp_path / f"output{suffix}.tmp")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
