@@ -1,11 +1,12 @@
 """Answers a question about many pictures: `python -m deepseek_vl2.batch INPUT --output FILE`.
 
 The same command goes on where a run was stopped, however it was. Exit codes: 0, all items have an answer; 1, some have
-an error instead; 2, an error that the user can mend; 130, interrupted.
+an error instead; 2, an error that the user can mend; 70, a fault of the program, with its traceback; 130, interrupted.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from deepseek_vl2.batch.record_file import RECORDS_FILE, RecordFile, drop_failed
 from deepseek_vl2.batch.sources import Source, open_source
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.inference import sampling_options
-from deepseek_vl2.utils.errors import run_command
+from deepseek_vl2.utils.errors import end_faults_with_own_code, run_command
 from deepseek_vl2.utils.io import DTYPES, dtype_name, resolve_device
 from deepseek_vl2.utils.run_folder import SETTINGS_FILE, begin_or_resume, folder_digest, lock_folder, model_digest
 
@@ -154,6 +155,8 @@ def run_settings(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     names = ("prompt", "image_column", "pdf_dpi", "limit", "dtype", "max_new_tokens", "temperature", "top_p")
     settings = {name: getattr(options, name) for name in (*names, "repetition_penalty", "seed", "no_tiling")}
     return {
+        # The digest is one of names (or lines) that are relative: in another folder they mean other pictures.
+        "input": os.path.abspath(Path(options.input).expanduser()),  # noqa: PTH100 - also of a pattern, without ".."
         "input_digest": source.digest,
         "picture_root": None if options.picture_root is None else str(options.picture_root.resolve()),
         "model": options.model_path,
@@ -177,11 +180,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_options(options)
-    if options.dtype is None and options.engine == "local":
-        options.dtype = dtype_name(options.model_path, options.device)
+    folder = options.output.with_name(options.output.name + RUN_FOLDER_SUFFIX)
+    if options.dtype is None:
+        options.dtype = _default_dtype(options, folder)
     job = make_job(options)
     num_items = min(len(job.source), options.limit or len(job.source))
-    folder = options.output.with_name(options.output.name + RUN_FOLDER_SUFFIX)
     with lock_folder(folder):
         if options.output.exists() and not (folder / SETTINGS_FILE).exists():
             raise ValueError(f"{options.output} is there already, and not of a run that could go on; take another name")
@@ -213,6 +216,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _default_dtype(options: argparse.Namespace, folder: Path) -> str | None:
+    """The type of the run in the folder, if there is one: it goes on with it, whatever the engine. Else what suits.
+
+    Only Ray's workers know what suits their devices; `None` leaves it to them.
+    """
+    try:
+        noted = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        noted = None  # there is no run, or `begin_or_resume` says what is wrong with it
+    if isinstance(noted, dict) and "dtype" in noted:
+        dtype: str | None = noted["dtype"]
+        return dtype
+    return dtype_name(options.model_path, options.device) if options.engine == "local" else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; prints one line of JSON. Returns the exit code."""
     options = parse_arguments(arguments)
@@ -232,5 +250,11 @@ def _run_and_tell(options: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Runs the command as a process of its own, and ends it."""
+    end_faults_with_own_code()
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    command()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from deepseek_vl2.batch.answering import ModelOptions
 from deepseek_vl2.batch.engines import Job
 from deepseek_vl2.batch.ray_engine import WindowWorker
 from deepseek_vl2.utils import run_folder
+from deepseek_vl2.utils.io import dtype_name
 from deepseek_vl2.utils.run_folder import lock_folder
 
 pytestmark = pytest.mark.e2e
@@ -205,6 +207,36 @@ def test_other_settings_are_refused(folder, whole, capsys, changes, said):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_same_names_in_another_folder_are_another_input(folder, whole, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert main(command(other, whole, "--window", 5, "--batch_size", 2)) == 2
+    assert f"input was '{folder}', is '{other}'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_goes_on_with_the_other_engine(folder, tmp_path, monkeypatch):
+    """The type of the weights is that of the run, which only a process beside the model can choose."""
+    dtypes = []
+    monkeypatch.setattr("deepseek_vl2.batch.__main__.run_on_ray", lambda job, *others: dtypes.append(job.model.dtype))
+    monkeypatch.setattr("deepseek_vl2.batch.__main__.run_here", lambda job, *others: dtypes.append(job.model.dtype))
+    suiting = dtype_name("nano", "cpu")
+    for engines, expected in ((("local", "ray"), [suiting] * 2), (("ray", "local"), [None] * 2)):
+        dtypes.clear()
+        for engine in engines:
+            options = [str(folder), "--output", str(tmp_path / f"{engines[0]}.jsonl"), "--device", "cpu"]
+            assert main([*options, "--engine", engine]) == 2  # records are missing: nothing has answered
+        assert dtypes == expected
+
+
+def test_a_fault_of_the_program_does_not_end_like_a_finished_run(folder, tmp_path):
+    code = "from deepseek_vl2.batch import __main__ as batch; batch.run = None; batch.command()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(folder, tmp_path / "out.jsonl")], capture_output=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 70
+    assert b"Traceback" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -232,9 +264,10 @@ def test_options_out_of_range(folder, tmp_path, capsys, changes):
     assert changes[1] in capsys.readouterr().err
 
 
-def test_a_batch_without_enough_memory_says_what_to_do(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_batch_without_enough_memory_says_what_to_do(folder, tmp_path, monkeypatch, capsys, error):
     def answer_batch(*arguments):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(answering, "answer_batch", answer_batch)
     assert main(command(folder, tmp_path / "out.jsonl")) == 2
