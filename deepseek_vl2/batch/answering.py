@@ -11,6 +11,7 @@ from deepseek_vl2.batch.items import Item
 from deepseek_vl2.batch.preparing import BatchLimits, PreparedItem, Preparer, read_ahead
 from deepseek_vl2.batch.records import answer_record, error_record
 from deepseek_vl2.serve.batch_generation import Sampling, answer_batch
+from deepseek_vl2.serve.row_sampling import LEAST_TEMPERATURE
 from deepseek_vl2.utils.io import LoadedModel, load_pretrained_model
 
 
@@ -98,7 +99,7 @@ class BatchAnswerer:
         return failed + [answer_record(prepared, answer, seconds) for (prepared, _), answer in answered]
 
     def _sampling(self, items: list[Item]) -> Sampling | None:
-        if self.options.temperature == 0:
+        if self.options.temperature < LEAST_TEMPERATURE:
             return None
         seeds = tuple(item_seed(self.options.seed, item.index) for item in items)
         return Sampling(self.options.temperature, self.options.top_p, seeds)

@@ -66,29 +66,39 @@ class ContinuousBatch:
         return max(self._lengths, default=0)
 
     def join(self, cache: Any) -> None:
-        """Adds the cache of one prompt as the last row; the cache is used up."""
+        """Adds the cache of one prompt as the last row; the cache is used up. An error leaves the rows as they were."""
         length = cache.get_seq_length()
         width = max(self.num_positions, length)
         if not self._lengths:
             self._cache = cache
         else:
+            self._join_layers(cache, width)
+        self._lengths.append(length)
+
+    def _join_layers(self, cache: Any, width: int) -> None:
+        start, num_joined = width - self.num_positions, 0
+        try:
             for own, new in zip(self._cache.layers, cache.layers, strict=True):
                 _set(
                     own,
                     torch.cat([_padded(own.keys, width), _padded(new.keys, width)]),
                     torch.cat([_padded(own.values, width), _padded(new.values, width)]),
                 )
-        self._lengths.append(length)
+                num_joined += 1
+        finally:
+            if num_joined < len(self._cache.layers):  # views need no memory, of which there is not enough
+                for own in self._cache.layers[:num_joined]:
+                    _set(own, own.keys[:-1][..., start:, :], own.values[:-1][..., start:, :])
 
     def leave(self, rows: Sequence[int]) -> None:
-        """Takes rows out; the others move up."""
+        """Takes rows out; the others move up. After an error only all of them can leave."""
         kept = [row for row in range(len(self)) if row not in set(rows)]
-        width = self.num_positions
-        self._lengths = [self._lengths[row] for row in kept]
+        lengths = [self._lengths[row] for row in kept]
+        start = self.num_positions - max(lengths, default=0)
+        self._lengths = lengths
         if not kept:
             self._cache = DynamicCache()
             return
-        start = width - self.num_positions
         for layer in self._cache.layers:
             _set(layer, layer.keys[kept][..., start:, :], layer.values[kept][..., start:, :])
 

@@ -13,13 +13,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+# Below, the likeliest token is as good as certain, and logits divided by the temperature leave the range of float32.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of one answer are chosen. The numbers are those of `deepseek_generate`.
 
     Attributes:
-        temperature: 0 for the likeliest token each time.
+        temperature: 0 (or below `LEAST_TEMPERATURE`) for the likeliest token each time.
         top_p: Share of the likeliest tokens that sampling draws from.
         top_k: Number of the likeliest tokens that sampling draws from, 0 for all.
         repetition_penalty: Above 1 for fewer repetitions.
@@ -32,6 +35,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature < LEAST_TEMPERATURE
+
 
 class RowSampler:
     """Chooses the tokens of one answer as transformers' `generate` does for this answer alone.
@@ -43,7 +51,7 @@ class RowSampler:
     """
 
     def __init__(self, sampling: Sampling, prompt: torch.Tensor, device: torch.device) -> None:
-        self.is_greedy = sampling.temperature == 0
+        self.is_greedy = sampling.is_greedy
         self._processors = _processors(sampling)
         self._ids = prompt[None].to(device)
         self._generator: torch.Generator | None = None
@@ -56,8 +64,10 @@ class RowSampler:
         """Whether the choice is that of the plain logits."""
         return self.is_greedy and not self._processors
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """Chooses by logits [vocabulary] and remembers the choice."""
+    def choose(self, logits: torch.Tensor, likeliest: int) -> int:
+        """Chooses by logits [vocabulary], of which one is known to be the largest, and remembers the choice."""
+        if self.takes_likeliest:
+            return likeliest
         scores = self._processors(self._ids, logits[None].float())  # type: ignore[arg-type]
         if self.is_greedy:
             token = scores.argmax(dim=-1, keepdim=True)
@@ -73,7 +83,7 @@ def _processors(sampling: Sampling) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature != 0:
+    if not sampling.is_greedy:
         if sampling.temperature != 1:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
@@ -83,10 +93,13 @@ def _processors(sampling: Sampling) -> LogitsProcessorList:
     return processors
 
 
+def likeliest_tokens(logits: torch.Tensor) -> list[int]:
+    """The token with the largest of logits [B, vocabulary] in each row; one exchange with the device for all."""
+    likeliest: list[int] = logits.argmax(dim=-1).tolist()
+    return likeliest
+
+
 def choose_tokens(logits: torch.Tensor, samplers: Sequence[RowSampler]) -> list[int]:
     """Chooses a token for each row of logits [B, vocabulary]."""
-    likeliest = logits.argmax(dim=-1).tolist()  # one exchange with the device for all greedy rows
-    return [
-        token if sampler.takes_likeliest else sampler.choose(row)
-        for token, sampler, row in zip(likeliest, samplers, logits, strict=True)
-    ]
+    likeliest = likeliest_tokens(logits)
+    return [sampler.choose(row, token) for sampler, row, token in zip(samplers, logits, likeliest, strict=True)]

@@ -14,7 +14,7 @@ from deepseek_vl2.models.processing_deepseek_vl_v2 import DeepseekVLV2Processor,
 from deepseek_vl2.serve.continuous_batch import ContinuousBatch, ReadPrompt, read_prompt
 from deepseek_vl2.serve.fair_queue import FairQueue
 from deepseek_vl2.serve.picture_features import PictureFeatures
-from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens
+from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens, likeliest_tokens
 from deepseek_vl2.serve.streaming import left_when, stop_between_layers
 from deepseek_vl2.serve.text_pieces import LetterDecoder, StopWordFilter
 from deepseek_vl2.utils.io import LoadedModel
@@ -226,9 +226,21 @@ class BatchEngine:
         self._leave([place for place, row in enumerate(self._rows) if row.answering.is_cancelled.is_set()])
 
     def _leave(self, places: list[int]) -> None:
-        if places:
+        if not places:
+            return
+        self._rows = [row for place, row in enumerate(self._rows) if place not in set(places)]
+        try:
             self._batch.leave(places)
-            self._rows = [row for place, row in enumerate(self._rows) if place not in set(places)]
+        except EXPECTED_ERRORS as error:
+            # Rows may have left some layers only, so that those that stay cannot go on.
+            self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Ends the answers under way."""
+        for row in self._rows:
+            row.answering.emit(Failed(error))
+        self._rows = []
+        self._batch.leave(range(len(self._batch)))
 
     def _admit(self) -> None:
         """Takes one question up, so that those under way wait for one prompt at most between two tokens."""
@@ -240,8 +252,7 @@ class BatchEngine:
             self._begin(answering)
         except EXPECTED_ERRORS as error:
             answering.emit(Failed(error))
-        finally:
-            self._reading = None
+        self._reading = None  # after another error it is still there for `_end_all`
 
     def _begin(self, answering: Answering) -> None:
         read: ReadPrompt | None = None
@@ -273,27 +284,29 @@ class BatchEngine:
         self._on_step(len(self._rows))
         try:
             logits = self._batch.step([row.last_token for row in self._rows])
-            tokens = choose_tokens(logits, [row.sampler for row in self._rows])
+            likeliest = likeliest_tokens(logits)
         except EXPECTED_ERRORS as error:
             # The cache may have grown in some layers only, so that none of the answers can go on.
-            for row in self._rows:
-                row.answering.emit(Failed(error))
-            self._leave(list(range(len(self._rows))))
+            self._fail_all(error)
             return
-        eos_token = self._processor.eos_id
         self._leave(
-            [
-                place
-                for place, (row, token) in enumerate(zip(self._rows, tokens, strict=True))
-                if row.take(token, eos_token)
-            ]
+            [place for place, row in enumerate(self._rows) if self._is_over(row, logits[place], likeliest[place])]
         )
+
+    def _is_over(self, row: _Row, logits: torch.Tensor, likeliest: int) -> bool:
+        """Gives a row its next token; returns whether its answer is over with it. An error ends this answer only."""
+        try:
+            return row.take(row.sampler.choose(logits, likeliest), self._processor.eos_id)
+        except EXPECTED_ERRORS as error:
+            row.answering.emit(Failed(error))
+            return True
 
     def _end_all(self) -> None:
         """Tells everybody whose answer is open that it does not come any more."""
         with self._changed:
             self._is_closed = True
-            left = [*(row.answering for row in self._rows), *self._queue.in_turn()]
+            reading = [] if self._reading is None else [self._reading]
+            left = [*(row.answering for row in self._rows), *reading, *self._queue.in_turn()]
         for answering in left:
             answering.emit(Failed(_going_down()))
 

@@ -94,6 +94,41 @@ def test_padding_leaves_with_the_row_that_needed_it(parts):
     assert batch.num_positions == lengths[0] == batch._cache.get_seq_length()
 
 
+def test_a_prompt_that_cannot_join_leaves_the_others_as_they_were(parts, monkeypatch):
+    batch = ContinuousBatch(parts[0])
+    expected = greedy_ids(parts, QUESTIONS[3])
+    short, long = read(parts, QUESTIONS[3]), read(parts, QUESTIONS[2])
+    tokens = choose(short.logits, parts[1].eos_id)
+    batch.join(short.cache)
+    real, num_calls = torch.cat, []
+
+    def cat(*arguments, **options):
+        num_calls.append(1)
+        if len(num_calls) > 3:  # in the second layer
+            raise RuntimeError("can't allocate memory")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("deepseek_vl2.serve.continuous_batch.torch.cat", cat)
+        with pytest.raises(RuntimeError, match="allocate"):
+            batch.join(long.cache)
+    assert len(batch) == 1
+    assert {tuple(layer.keys.shape[i] for i in (0, 2)) for layer in batch._cache.layers} == {(1, batch.num_positions)}
+    while len(tokens) < NUM_NEW:
+        tokens += choose(batch.step(tokens[-1:]), parts[1].eos_id)
+    assert tokens == expected
+
+
+def test_a_temperature_near_0_is_greedy():
+    logits = torch.tensor([[-3.0, 5.0, 4.0]])
+    for temperature in (1e-300, 6e-38, 1e-6):
+        sampler = RowSampler(Sampling(temperature=temperature), torch.tensor([0]), torch.device("cpu"))
+        assert choose_tokens(logits, [sampler]) == [1]
+    sampler = RowSampler(Sampling(temperature=1e-4), torch.tensor([0]), torch.device("cpu"))
+    assert not sampler.is_greedy
+    assert choose_tokens(logits, [sampler]) == [1]
+
+
 @pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.3), (0.7, 1.3), (1.0, 1.0)])
 def test_a_seed_gives_what_the_library_gives_with_it(parts, temperature, penalty):
     model, processor = parts
