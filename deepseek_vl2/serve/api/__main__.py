@@ -86,7 +86,7 @@ def api_keys(options: argparse.Namespace) -> tuple[str, ...]:
     if options.api_key:
         return tuple(options.api_key)
     variable = os.environ.get(KEY_VARIABLE)
-    return tuple(variable.split(",")) if variable else ()
+    return tuple(key.strip() for key in variable.split(",")) if variable else ()
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def _add_chat(app: FastAPI, service: ChatService) -> None:
         if body.stream:
             includes_usage = body.stream_options is not None and body.stream_options.include_usage
             events = stream_response(head, opened, includes_usage)
-            return EventStream(events, lambda is_cancelled: _end_stream(service, opened, is_cancelled))
+            return EventStream(events, opened.deadline, lambda is_cancelled: _end_stream(service, opened, is_cancelled))
         try:
             return JSONResponse(await while_connected(request, whole_response(head, opened)))
         finally:

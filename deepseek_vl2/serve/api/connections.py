@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BODY_TIMEOUT = 60.0
+# After the deadline, for the event that says so.
+SEND_GRACE = 5.0
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -49,16 +51,22 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks)
 
 
+class _StalledClientError(Exception):
+    """A client takes nothing any more, and its time is over."""
+
+
 class EventStream(StreamingResponse):
-    """Server-sent events; `on_end` is called when they are over, also by the client's going away.
+    """Server-sent events; `on_end` is called when they are over, also by the client's going away or reading no more.
 
     Args:
         events: the events.
+        deadline: by when they must be sent (and `SEND_GRACE`), in the time of the event loop.
         on_end: is told whether the client went away before the end.
     """
 
-    def __init__(self, events: AsyncIterable[bytes], on_end: Callable[[bool], None]) -> None:
+    def __init__(self, events: AsyncIterable[bytes], deadline: float, on_end: Callable[[bool], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._deadline = deadline
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,11 +75,17 @@ class EventStream(StreamingResponse):
 
         async def noting_send(message: Message) -> None:
             nonlocal is_complete
-            await send(message)
+            try:
+                async with asyncio.timeout_at(self._deadline + SEND_GRACE):
+                    await send(message)  # waits while the client does not read what was sent before
+            except TimeoutError:
+                raise _StalledClientError from None
             is_complete = is_complete or (message["type"] == "http.response.body" and not message.get("more_body"))
 
         try:
             await super().__call__(scope, receive, noting_send)
+        except _StalledClientError:
+            logger.info("a client stopped reading its answer; the connection is closed")
         finally:
             self._on_end(not is_complete)
 

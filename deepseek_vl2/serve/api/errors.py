@@ -10,6 +10,8 @@ from starlette.responses import Response
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; http has none
 RETRY_AFTER_SECONDS = 2
+# What `ChatRequest` says of a field that would change the answer; the error's context has its `name`.
+UNSUPPORTED = "unsupported_parameter"
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -77,6 +79,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         return bad_request("the body is not valid JSON", code="invalid_json")
+    if first["type"] == UNSUPPORTED:  # the check of the whole request finds it, and knows its place
+        return bad_request(str(first["msg"]), str(first["ctx"]["name"]), UNSUPPORTED)
     param = ".".join(_place(first, body)) or None
     message = f"{param}: {first['msg']}" if param else f"the body: {first['msg']}"
     return bad_request(message, param, str(first["type"]))

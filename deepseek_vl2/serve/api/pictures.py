@@ -1,5 +1,7 @@
 """Pictures of requests: from data URIs, and from public addresses where that is allowed, within limits."""
 
+import math
+
 from PIL import Image
 
 from deepseek_vl2.models.download import data_uri_bytes
@@ -20,18 +22,23 @@ class PictureLoader:
         self.limits = limits
         self._fetcher = fetcher
 
-    def load(self, url: str) -> Image.Image:
+    def fetch_deadline(self) -> float:
+        """When the pictures of a request that begins now must have come, in the time of `time.monotonic`."""
+        return math.inf if self._fetcher is None else self._fetcher.deadline()
+
+    def load(self, url: str, deadline: float) -> Image.Image:
         """Loads a picture, upright and in RGB.
 
         Args:
             url: data URI, or `http:` or `https:` address.
+            deadline: of what is fetched, see `fetch_deadline`.
 
         Raises:
             ValueError: another or a refused address, no picture, a broken or too large one.
             TimeoutError: the address did not answer in time.
             ConnectionError: it cannot be reached.
         """
-        content = self._content(url)
+        content = self._content(url, deadline)
         if len(content) > self.limits.max_bytes:
             raise ValueError(f"the picture is larger than {self.limits.max_image_mb:g} MB")
         try:
@@ -39,7 +46,7 @@ class PictureLoader:
         except ValueError as error:
             raise ValueError(str(error).replace(", or raise max_pixels= if it is meant", "")) from error
 
-    def _content(self, url: str) -> bytes:
+    def _content(self, url: str, deadline: float) -> bytes:
         scheme = url.partition(":")[0].strip().lower()
         if scheme == "data":
             return data_uri_bytes(url.strip())
@@ -50,4 +57,4 @@ class PictureLoader:
                 "this server does not fetch addresses (it was started without --allow_url_fetch): "
                 "send the picture as data:image/...;base64,..."
             )
-        return self._fetcher.fetch(url)
+        return self._fetcher.fetch(url, deadline)

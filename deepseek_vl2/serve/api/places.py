@@ -25,6 +25,11 @@ class Places:
         """Places that are taken."""
         return self._open.total()
 
+    @property
+    def most_of_a_client(self) -> int:
+        """Places that one client can have when nobody else has any."""
+        return min(self._max_open, self._max_open_per_client)
+
     @contextmanager
     def taken(self, client: Hashable, count: int) -> Iterator[None]:
         """Takes places for the block.

@@ -1,5 +1,6 @@
 """From a request's messages to a prompt for the model, and from the answer's text to boxes in the pictures."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from deepseek_vl2.models.chat_format import content_text
 from deepseek_vl2.models.generation import check_prompt_length
 from deepseek_vl2.models.processing_deepseek_vl_v2 import DeepseekVLV2Processor, VLChatProcessorOutput
 from deepseek_vl2.models.special_tokens import IMAGE
-from deepseek_vl2.serve.api.errors import bad_request
+from deepseek_vl2.serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError, bad_request
 from deepseek_vl2.serve.api.pictures import PictureLoader
 from deepseek_vl2.serve.api.schemas import AssistantMessage, ImagePart, Message, SystemMessage, UserMessage
 from deepseek_vl2.serve.box_owners import assign_boxes
@@ -95,13 +96,22 @@ class PromptBuilder:
         if length > self._config.max_position_embeddings * MAX_LETTERS_OF_TOKEN:
             raise bad_request(f"the text has {length} letters, more than fit into the model", "messages", TOO_LONG)
 
-    def build(self, messages: Sequence[Message]) -> Prompt:
+    def build(self, messages: Sequence[Message], is_cancelled: threading.Event) -> Prompt:
         """Loads the pictures and encodes the prompt; takes its time.
 
+        Args:
+            messages: of the request.
+            is_cancelled: looked at before each picture; set when nobody waits for the prompt any more.
+
         Raises:
-            ApiError: a picture cannot be loaded, or the prompt does not fit into the model.
+            ApiError: a picture cannot be loaded, the prompt does not fit into the model, or it is cancelled.
         """
-        pictures = [self._load(place, part) for place, part in _picture_parts(messages)]
+        deadline = self._loader.fetch_deadline()
+        pictures = []
+        for place, part in _picture_parts(messages):
+            _go_on_unless(is_cancelled)
+            pictures.append(self._load(place, part, deadline))
+        _go_on_unless(is_cancelled)
         is_tiled = not any(part.image_url.detail == "low" for _, part in _picture_parts(messages))
         conversation = [*_joined(messages), {"role": "assistant", "content": ""}]
         sizes = [picture.size for picture in pictures]
@@ -113,11 +123,16 @@ class PromptBuilder:
         inputs = self._processor.process_one(conversations=conversation, images=pictures, cropping=is_tiled)
         return Prompt(inputs, _asked_pictures(messages, sizes))
 
-    def _load(self, place: str, part: ImagePart) -> Image.Image:
+    def _load(self, place: str, part: ImagePart, deadline: float) -> Image.Image:
         try:
-            return self._loader.load(part.image_url.url)
+            return self._loader.load(part.image_url.url, deadline)
         except (ValueError, OSError) as error:
             raise bad_request(str(error), f"{place}.image_url.url", "invalid_image_url") from error
+
+
+def _go_on_unless(is_cancelled: threading.Event) -> None:
+    if is_cancelled.is_set():
+        raise ApiError(CLIENT_CLOSED_REQUEST, "nobody waits for the answer any more", code="client_closed_request")
 
 
 def _check_order(messages: Sequence[Message]) -> None:
@@ -126,7 +141,8 @@ def _check_order(messages: Sequence[Message]) -> None:
             raise bad_request("only the first message can be one of the system", f"messages.{index}.role")
         if not isinstance(message, UserMessage) and IMAGE in _text(message):
             raise bad_request(f"only questions can hold {IMAGE}", f"messages.{index}.content")
-        if not _marked_text(message, index).strip():
+        # Others may be empty: a history can hold an answer without a word.
+        if isinstance(message, UserMessage) and not _marked_text(message, index).strip():
             raise bad_request("the message is empty", f"messages.{index}.content")
         if isinstance(message, AssistantMessage) and not (index and isinstance(messages[index - 1], UserMessage)):
             raise bad_request("an answer comes after a question", f"messages.{index}.role")
@@ -172,11 +188,16 @@ def _marked_text(message: Message, index: int) -> str:
 
 
 def _joined(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The conversation for the processor; questions that follow one another are joined to one."""
+    """The conversation for the processor; questions that follow one another are joined.
+
+    An empty system message is left out.
+    """
     conversation: list[dict[str, str]] = []
     for index, message in enumerate(messages):
         role = "system" if isinstance(message, SystemMessage) else message.role
         text = _marked_text(message, index)
+        if role == "system" and not text.strip():
+            continue
         if role == "user" and conversation and conversation[-1]["role"] == "user":
             conversation[-1]["content"] += "\n" + text
         else:

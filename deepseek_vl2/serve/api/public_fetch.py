@@ -58,7 +58,8 @@ class PublicFetcher:
 
     Attributes:
         max_bytes: largest download.
-        timeout: seconds for all of it, redirects included; the system's own limits for resolving a name come on top.
+        timeout: seconds for all pictures of a request, redirects included; the system's own limits for resolving a
+            name come on top.
         resolve: finds the addresses of a host.
         is_allowed: decides on each of them. Tests put another one here to reach a server of their own.
     """
@@ -68,8 +69,16 @@ class PublicFetcher:
     resolve: Resolver = resolve
     is_allowed: Callable[[IpAddress], bool] = is_public
 
-    def fetch(self, url: str) -> bytes:
+    def deadline(self) -> float:
+        """When a request that begins now must have its pictures, in the time of `time.monotonic`."""
+        return time.monotonic() + self.timeout
+
+    def fetch(self, url: str, deadline: float | None = None) -> bytes:
         """Downloads what an address answers.
+
+        Args:
+            url: the address.
+            deadline: of a request with several pictures, see `deadline`; by default a whole `timeout` from now on.
 
         Raises:
             ValueError: the address or one that it leads to is malformed or not public, or what it answers is an error
@@ -77,13 +86,19 @@ class PublicFetcher:
             TimeoutError: no whole answer in time.
             ConnectionError: the host refuses, or breaks off.
         """
-        deadline = time.monotonic() + self.timeout
+        if deadline is None:
+            deadline = self.deadline()
         for _ in range(MAX_REDIRECTS + 1):
+            if time.monotonic() >= deadline:
+                raise self._too_late()
             answer = self._answer(url, deadline)
             if isinstance(answer, bytes):
                 return answer
             url = answer
         raise ValueError(f"the address redirects more than {MAX_REDIRECTS} times")
+
+    def _too_late(self) -> TimeoutError:
+        return TimeoutError(f"the address did not answer within {self.timeout:g} s, which is for all of a request")
 
     def _answer(self, url: str, deadline: float) -> bytes | str:
         """What an address answers: content, or the address that it redirects to."""
@@ -92,10 +107,10 @@ class PublicFetcher:
         try:
             return self._request(connection, parts, deadline)
         except TimeoutError:
-            raise TimeoutError(f"the address did not answer within {self.timeout:g} s") from None
+            raise self._too_late() from None
         except (http.client.HTTPException, OSError) as error:
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"the address did not answer within {self.timeout:g} s") from None
+                raise self._too_late() from None
             raise ConnectionError(f"the address cannot be reached: {type(error).__name__}") from error
         finally:
             connection.close()
@@ -113,7 +128,7 @@ class PublicFetcher:
             return urllib.parse.urljoin(parts.geturl(), target)
         if response.status != 200:
             raise ValueError(f"the address answers HTTP {response.status}")
-        too_late = f"the address did not answer within {self.timeout:g} s"
+        too_late = str(self._too_late())
         too_large = f"the picture at the address is larger than {self.max_bytes} bytes"
         return read_limited(response, deadline, self.max_bytes, too_late, too_large)
 

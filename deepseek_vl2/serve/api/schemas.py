@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from deepseek_vl2.serve.api.errors import UNSUPPORTED
+
 MAX_ANSWERS = 8
 MAX_STOP_WORDS = 16
 MAX_STOP_LENGTH = 256
@@ -45,6 +47,17 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _unsupported(name: str) -> PydanticCustomError:
+    return PydanticCustomError(UNSUPPORTED, "{name} is not supported: leave it out", {"name": name})
+
+
+def _may_block(moderation: Any) -> bool:
+    """Whether a moderation could put something else in the answer's place; scores beside it cannot."""
+    policy = moderation.get("policy") if isinstance(moderation, dict) else None
+    rules = policy.values() if isinstance(policy, dict) else ()
+    return any(isinstance(rule, dict) and rule.get("mode") == "block" for rule in rules)
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 StopWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_encodable)]
 
@@ -59,10 +72,10 @@ class _Strict(BaseModel):
 
 
 class ImageUrl(_Strict):
-    """A picture: `https:` address or data URI; `detail` low shows the model one view instead of tiles."""
+    """A picture: `https:` address or data URI; `detail` low shows the model one view, all else tiles."""
 
     url: Text
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class TextPart(_Strict):
@@ -70,6 +83,7 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: Any = None
 
 
 class ImagePart(_Strict):
@@ -77,6 +91,7 @@ class ImagePart(_Strict):
 
     type: Literal["image_url"]
     image_url: ImageUrl
+    prompt_cache_breakpoint: Any = None
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -143,7 +158,7 @@ class ChatRequest(_Strict):
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 (default): the likeliest token")] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1, description="0: all tokens")] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_ANSWERS)] = None
     stop: StopWords | None = None
@@ -172,7 +187,9 @@ class ChatRequest(_Strict):
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
+    moderation: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
     @model_validator(mode="after")
@@ -180,9 +197,9 @@ class ChatRequest(_Strict):
         for name, neutral in _NEUTRAL.items():
             value = getattr(self, name)
             if value is not None and value not in neutral:
-                raise PydanticCustomError(
-                    "unsupported_parameter", "{name} is not supported: leave it out", {"name": name}
-                )
+                raise _unsupported(name)
+        if _may_block(self.moderation):
+            raise _unsupported("moderation")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise PydanticCustomError("contradiction", "max_tokens and max_completion_tokens differ: give one of them")
         if self.stream_options is not None and not self.stream:

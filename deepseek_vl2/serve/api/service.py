@@ -1,6 +1,7 @@
 """What happens between a request and its answers: a place, pictures, prompt, queue, and the events of the engine."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from deepseek_vl2.serve.api.public_fetch import PublicFetcher
 from deepseek_vl2.serve.api.schemas import ChatRequest
 from deepseek_vl2.serve.api.settings import ServerSettings
 from deepseek_vl2.serve.row_sampling import Sampling
+from deepseek_vl2.utils.errors import is_out_of_memory
 from deepseek_vl2.utils.io import LoadedModel
 
 # Threads that load pictures and encode prompts.
@@ -48,6 +50,7 @@ class OpenRequest:
         prompt: what is asked.
         num_answers: how many answers come.
         num_new_tokens: of the answers that are finished.
+        deadline: in the time of the event loop.
         closing: what is done when it is closed.
     """
 
@@ -56,7 +59,7 @@ class OpenRequest:
         self.num_answers = num_answers
         self.num_new_tokens = 0
         self.closing = ExitStack()
-        self._deadline = deadline
+        self.deadline = deadline
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[AnswerEvent] = asyncio.Queue()
         self._first: AnswerEvent | None = None
@@ -92,7 +95,7 @@ class OpenRequest:
 
     async def _next(self) -> AnswerEvent:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self.deadline):
                 index, event = await self._queue.get()
         except TimeoutError:
             raise timed_out() from None
@@ -146,6 +149,11 @@ class ChatService:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
         self._prompts.check(request.messages)
         num_answers = request.n or 1
+        if num_answers > self.places.most_of_a_client:
+            message = (
+                f"n is {num_answers}, and this server gives a client {self.places.most_of_a_client} answers at a time"
+            )
+            raise bad_request(message, "n")
         with ExitStack() as closing:
             closing.enter_context(self.places.taken(client, num_answers))
             prompt = await self._prepare(request, deadline)
@@ -160,11 +168,15 @@ class ChatService:
 
     async def _prepare(self, request: ChatRequest, deadline: float) -> Prompt:
         loop = asyncio.get_running_loop()
+        is_cancelled = threading.Event()
+        build = partial(self._prompts.build, request.messages, is_cancelled)
         try:
             async with asyncio.timeout_at(deadline):
-                return await loop.run_in_executor(self._preparing, partial(self._prompts.build, request.messages))
+                return await loop.run_in_executor(self._preparing, build)
         except TimeoutError:
             raise timed_out() from None
+        finally:
+            is_cancelled.set()  # the thread does not end with the waiting for it
 
     def _submit(self, client: Hashable, question: Question, emit: Callable[[Event], None]) -> Answering:
         try:
@@ -210,7 +222,7 @@ def timed_out() -> ApiError:
 def _engine_error(error: Exception) -> ApiError:
     if isinstance(error, EngineStoppedError):
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="shutting_down")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         message = "there is not enough memory for this request now: send fewer pictures or less text, or try later"
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code="out_of_memory")
     if isinstance(error, ValueError):

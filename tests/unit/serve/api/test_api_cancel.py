@@ -1,5 +1,6 @@
 """Whoever goes away frees the place within a second, wherever the request is."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -8,6 +9,8 @@ import time
 import urllib.parse
 
 import pytest
+
+from deepseek_vl2.serve.api import connections
 
 LIMIT = 1.0  # seconds
 
@@ -86,6 +89,27 @@ def test_while_the_prompt_is_read(server):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def test_a_client_that_reads_no_more(monkeypatch):
+    """Its time is that of the request, although sending waits for it."""
+    monkeypatch.setattr(connections, "SEND_GRACE", 0)
+    ends = []
+
+    async def events():
+        yield b"data: {}"
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def answer():
+        deadline = asyncio.get_running_loop().time() + 0.1
+        stream = connections.EventStream(events(), deadline, ends.append)
+        await asyncio.wait_for(stream({"type": "http"}, asyncio.Event().wait, send), 10)
+
+    asyncio.run(answer())
+    assert ends == [True]
 
 
 def test_the_next_client_gets_the_place(server):

@@ -62,7 +62,7 @@ def test_a_model_that_is_not_there(capsys):
 
 
 def test_keys_come_from_the_command_line_or_the_environment(monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "a,b")
+    monkeypatch.setenv(KEY_VARIABLE, "a, b ")
     assert api_keys(parse_arguments([])) == ("a", "b")
     assert api_keys(parse_arguments(["--api_key", "c"])) == ("c",)
     monkeypatch.delenv(KEY_VARIABLE)

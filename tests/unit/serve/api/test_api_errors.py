@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import queue
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -11,9 +13,11 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from deepseek_vl2.serve.api.app import create_app
+from deepseek_vl2.serve.api.engine import BatchEngine, EngineStoppedError, Failed, Question
 from deepseek_vl2.serve.api.service import ChatService
 from deepseek_vl2.serve.api.settings import ServerSettings
 from deepseek_vl2.serve.picture_limits import PictureLimits
+from deepseek_vl2.serve.row_sampling import RowSampler, Sampling
 
 CHAT = "/v1/chat/completions"
 LIMITS = PictureLimits(max_image_mb=0.01, max_pixels=5000, max_pictures=2)
@@ -22,7 +26,10 @@ LIMITS = PictureLimits(max_image_mb=0.01, max_pixels=5000, max_pictures=2)
 @pytest.fixture(scope="module")
 def http(nano):
     settings = ServerSettings(limits=LIMITS, max_body_mb=0.2, max_waiting=0, max_batch=1)
-    with TestClient(create_app(ChatService(nano, settings))) as client:
+    service = ChatService(nano, settings)
+    app = create_app(service)
+    app.state.places = service.places
+    with TestClient(app) as client:
         yield client
 
 
@@ -90,11 +97,14 @@ SMALL = data_uri(Image.new("RGB", (8, 8)))
         ({"seed": 2**64}, "seed", "less than or equal"),
         ({"stop": [""]}, "stop.0", "at least 1 character"),
         ({"stream_options": {"include_usage": True}}, None, "needs stream"),
-        ({"frequency_penalty": 0.5}, None, "frequency_penalty is not supported"),
-        ({"logit_bias": {"5": 1}}, None, "logit_bias is not supported"),
-        ({"logprobs": True}, None, "logprobs is not supported"),
-        ({"tools": [{"type": "function"}]}, None, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, None, "response_format is not supported"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"n": 2}, "n", "gives a client 1 answer"),
+        ({"moderation": {"model": "m", "policy": {"output": {"mode": "block"}}}}, "moderation", "not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty is not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not supported"),
+        ({"logprobs": True}, "logprobs", "logprobs is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "response_format is not supported"),
         ({"colour": "red"}, "colour", "not permitted"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
     ],
@@ -111,8 +121,31 @@ def test_what_does_not_change_an_answer_is_taken(http):
     body = {
         "model": "nano", "messages": [HELLO], "max_tokens": 1, "user": "me", "metadata": {"a": "b"}, "logit_bias": {},
         "frequency_penalty": 0, "presence_penalty": 0.0, "tools": [], "response_format": {"type": "text"}, "n": None,
-        "skip_special_tokens": False, "stop": None, "stream": None,
+        "skip_special_tokens": False, "stop": None, "stream": None, "prompt_cache_options": {"mode": "explicit"},
+        "moderation": {"model": "m", "policy": {"input": {"mode": "score"}}},
     }  # fmt: skip
+    assert http.post(CHAT, json=body).status_code == 200
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    body["messages"] = [user({**TEXT, **mark}, {**picture(SMALL, detail="original"), **mark})]
+    assert http.post(CHAT, json=body).status_code == 200
+
+
+def test_histories_without_words(http):
+    """An answer may have been empty, and so may instructions; these are as if they were not there."""
+
+    def num_tokens(*messages):
+        response = http.post(CHAT, json={"model": "nano", "messages": messages, "max_tokens": 1})
+        assert response.status_code == 200, response.text
+        return response.json()["usage"]["prompt_tokens"]
+
+    assert num_tokens(HELLO, {"role": "assistant", "content": ""}, HELLO) < num_tokens(HELLO, ANSWER, HELLO)
+    assert num_tokens({"role": "system", "content": " "}, HELLO) == num_tokens(HELLO)
+    assert num_tokens({"role": "developer", "content": []}, HELLO) == num_tokens(HELLO)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 6e-38])
+def test_temperatures_near_0(http, temperature):
+    body = {"model": "nano", "messages": [HELLO], "max_tokens": 2, "temperature": temperature}
     assert http.post(CHAT, json=body).status_code == 200
 
 
@@ -136,7 +169,8 @@ def test_unknown_models_and_paths(http):
 
 
 def test_no_place(http):
-    response = http.post(CHAT, json={"model": "nano", "messages": [HELLO], "n": 2, "max_tokens": 1})
+    with http.app.state.places.taken("another client", 1):
+        response = http.post(CHAT, json={"model": "nano", "messages": [HELLO], "max_tokens": 1})
     assert "busy" in check(response, 429, "queue_full")
     assert int(response.headers["Retry-After"]) >= 1
     assert http.post(CHAT, json={"model": "nano", "messages": [HELLO], "max_tokens": 1}).status_code == 200
@@ -197,3 +231,77 @@ def test_a_model_that_fails(endless, serve, ask, monkeypatch):
         with pytest.raises(openai.InternalServerError) as caught:
             running.client.chat.completions.create(**question)
         assert caught.value.status_code == 503
+
+
+def test_memory_that_is_short_on_a_cpu(endless, serve, ask, monkeypatch):
+    """PyTorch tells it in a plain RuntimeError."""
+    with serve(endless) as running:
+
+        def fail(tokens):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+        monkeypatch.setattr(running.service.engine._batch, "step", fail)
+        with pytest.raises(openai.InternalServerError) as caught:
+            running.client.chat.completions.create(model="nano", messages=ask("Hello"), max_tokens=5)
+        assert (caught.value.status_code, caught.value.code) == (503, "out_of_memory")
+
+
+def test_a_row_that_fails_ends_alone(endless, serve, ask, monkeypatch):
+    real, num_sampled = RowSampler.choose, []
+
+    def choose(sampler, *arguments):
+        num_sampled.extend([1] * (not sampler.is_greedy))
+        if not sampler.is_greedy and len(num_sampled) > 3:
+            raise RuntimeError("probability tensor contains either inf, nan or element < 0")
+        return real(sampler, *arguments)
+
+    monkeypatch.setattr(RowSampler, "choose", choose)
+    with serve(endless, max_batch=2) as running, ThreadPoolExecutor(1) as executor:
+
+        def answer(**options):
+            return running.client.chat.completions.create(model="nano", messages=ask("Hello"), **options)
+
+        running.service.engine._on_step = lambda num_rows: time.sleep(0.01)
+        greedy = executor.submit(answer, max_tokens=100)
+        running.wait_until(lambda: running.service.engine.num_running == 1, 60)
+        with pytest.raises(openai.InternalServerError) as caught:
+            answer(max_tokens=100, temperature=1)
+        assert caught.value.code == "model_failed"
+        assert not greedy.done()
+        assert greedy.result(60).usage.completion_tokens == 100
+
+
+def test_an_engine_survives_rows_that_cannot_leave(endless, serve, ask, monkeypatch):
+    with serve(endless) as running:
+        batch = running.service.engine._batch
+        real, failures = batch.leave, [1]
+
+        def leave(rows):
+            if failures:
+                failures.clear()
+                raise RuntimeError("can't allocate memory")
+            real(rows)
+
+        monkeypatch.setattr(batch, "leave", leave)
+        for _ in range(2):  # the first is over when it leaves
+            answer = running.client.chat.completions.create(model="nano", messages=ask("Hello"), max_tokens=3)
+            assert answer.usage.completion_tokens == 3
+        assert not failures
+        running.wait_until(lambda: len(batch) == 0, 60)
+
+
+def test_an_engine_that_ends_tells_the_question_that_it_reads(endless, monkeypatch):
+    """After an error that nobody thought of."""
+    engine = BatchEngine(endless)
+
+    def embed(**inputs):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(engine._features, "embed", embed)
+    inputs = endless.processor.process_one(prompt="Hello", images=[])
+    events = queue.Queue()
+    engine.submit("a", Question(inputs, Sampling(), 3), events.put)
+    event = events.get(timeout=60)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, EngineStoppedError)
+    engine.close()

@@ -3,6 +3,7 @@
 import http.server
 import io
 import ipaddress
+import math
 import threading
 import time
 
@@ -10,7 +11,12 @@ import openai
 import pytest
 from PIL import Image
 
+from deepseek_vl2.serve.api.errors import ApiError
+from deepseek_vl2.serve.api.pictures import PictureLoader
+from deepseek_vl2.serve.api.prompts import PromptBuilder
 from deepseek_vl2.serve.api.public_fetch import MAX_REDIRECTS, PublicFetcher, is_public
+from deepseek_vl2.serve.api.schemas import ChatRequest
+from deepseek_vl2.serve.picture_limits import PictureLimits
 
 NOT_PUBLIC = "does not lead to a host on the public internet"
 
@@ -98,6 +104,9 @@ class Pictures(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/a.png":
             self.server.hosts.append(self.headers["Host"])
+            self.answer(picture())
+        elif self.path == "/pause":
+            time.sleep(0.2)
             self.answer(picture())
         elif self.path == "/large":
             self.answer(b"x" * 5000)
@@ -187,6 +196,38 @@ def test_time_is_limited_even_if_some_bytes_come(pictures):
     with pytest.raises(TimeoutError, match="did not answer within"):
         fetcher(pictures, timeout=0.5).fetch(url(pictures, "/slow"))
     assert time.monotonic() - start < 2
+
+
+def test_the_pictures_of_a_request_have_one_deadline(nano, pictures, ask):
+    builder = PromptBuilder(nano, PictureLoader(PictureLimits(), fetcher(pictures, timeout=0.5)))
+    messages = ChatRequest.model_validate(
+        {"model": "nano", "messages": ask("What?", *[url(pictures, "/pause")] * 4)}
+    ).messages
+    with pytest.raises(ApiError, match="did not answer within") as caught:
+        builder.build(messages, threading.Event())
+    assert caught.value.param != "messages.0.content.0.image_url.url"  # the first was in time
+
+
+def test_nothing_more_is_fetched_for_a_client_that_has_gone(nano, pictures, ask):
+    is_cancelled = threading.Event()
+    asked = []
+
+    class Fetcher:
+        def deadline(self):
+            return math.inf
+
+        def fetch(self, address, deadline):
+            asked.append(address)
+            is_cancelled.set()
+            return picture()
+
+    builder = PromptBuilder(nano, PictureLoader(PictureLimits(), Fetcher()))
+    messages = ChatRequest.model_validate(
+        {"model": "nano", "messages": ask("What?", "https://a.example/1", "https://a.example/2")}
+    ).messages
+    with pytest.raises(ApiError, match="nobody waits"):
+        builder.build(messages, is_cancelled)
+    assert asked == ["https://a.example/1"]
 
 
 def test_a_host_that_refuses(pictures):
