@@ -367,7 +367,9 @@ class DeepseekV2Attention(nn.Module):
         weights: torch.Tensor | None
         # An offloaded weight is only there while its layer itself is called.
         is_offloaded = self.kv_b_proj.weight.is_meta
-        if not is_offloaded and self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
+        # What an adapter adds acts only when the layer is called, too.
+        is_adapted = hasattr(self.kv_b_proj, "base_layer")
+        if not (is_offloaded or is_adapted) and self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
             output, weights = self._attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from training_models import LORA_ALL, save_model, settings
 
 from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2ForCausalLM
@@ -78,6 +79,18 @@ def test_with_an_adapter_cached_steps_equal_the_whole(checkpoint, trained, input
     cached = model.generate(**inputs, **options)
     whole = model.generate(**inputs, **options, use_cache=False)
     assert torch.equal(cached, whole)
+
+
+def test_an_adapter_beside_the_weights_acts_in_cached_steps_too(checkpoint, trained, inputs):
+    model = load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu").model
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True}
+    adapted = PeftModel.from_pretrained(model, trained[0]).eval()
+    cached, whole = (
+        adapted.generate(**inputs, **options, use_cache=use_cache, return_dict_in_generate=True)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), **ROUNDING)
 
 
 def test_the_adapter_names_its_model_as_it_was_given(checkpoint, trained):
