@@ -28,7 +28,7 @@ from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_groun
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
 from deepseek_vl2.serve.questions import DESCRIBE_PICTURE, place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import USER_ERRORS, can_be_mended, describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
 from deepseek_vl2.utils.processes import (
@@ -252,7 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the answer has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, *USER_ERRORS) as error:
+        if not can_be_mended(error):
+            raise
         if is_first_to_fail():
             print(f"inference.py: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr, flush=True)
         return 2

@@ -5,11 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-
 from deepseek_vl2.train.config import explain_keys, read_config
 from deepseek_vl2.train.trainer import TrainResult, train
-from deepseek_vl2.utils.errors import describe_error
+from deepseek_vl2.utils.errors import USER_ERRORS, can_be_mended, describe_error
 
 MORE_MEMORY = "a smaller batch_size, gradient_checkpointing: true, precision: bf16_weights, or language: lora"
 
@@ -45,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)  # of bad data a line each
         return 2
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, *USER_ERRORS) as error:
+        if not can_be_mended(error):
+            raise
         print(f"{parser.prog}: error: {describe_error(error, MORE_MEMORY)}", file=sys.stderr)
         return 2
     print(describe(result, config.model_path if config.uses_lora else None))

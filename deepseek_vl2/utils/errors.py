@@ -24,6 +24,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def can_be_mended(error: BaseException, errors: tuple[type[Exception], ...] = USER_ERRORS) -> bool:
+    """Whether an error is one of those that the user can mend, or of too little memory; others are faults."""
+    return isinstance(error, errors) or is_out_of_memory(error)
+
+
 def describe_error(error: Exception, more_memory: str = "") -> str:
     """One line on what went wrong.
 
@@ -64,7 +69,7 @@ def run_command(
         sys.stderr.write(f"\n{program}: {interrupted}\n")
         return 130
     except caught as error:
-        if not isinstance(error, errors) and not is_out_of_memory(error):
+        if not can_be_mended(error, errors):
             raise
         sys.stderr.write(f"{program}: error: {describe_error(error, more_memory)}\n")
         return 2

@@ -404,7 +404,10 @@ def test_an_address_where_nobody_listens(run):
         failed(run("--image", address), "cannot reach", address)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError(), RuntimeError("can't allocate memory")],
+)
 def test_too_little_memory(run, script, monkeypatch, error):
     def fail(*_, **__):
         raise error

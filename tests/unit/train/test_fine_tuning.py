@@ -319,6 +319,7 @@ def test_a_picture_that_breaks_in_training_ends_it_with_one_line(checkpoint, tmp
     ("error", "said"),
     [
         (torch.OutOfMemoryError("17 GiB"), "there is not enough memory; try a smaller batch_size"),
+        (RuntimeError("can't allocate memory"), "there is not enough memory; try a smaller batch_size"),
         (FileNotFoundError(2, "No such file or directory", "a.jsonl"), "No such file or directory: a.jsonl"),
     ],
 )
