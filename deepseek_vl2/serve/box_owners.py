@@ -11,16 +11,28 @@ _ORDINALS = {
     "third": 3,
     "fourth": 4,
     "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
     "一": 1,
     "二": 2,
     "三": 3,
     "四": 4,
     "五": 5,
+    "六": 6,
+    "七": 7,
+    "八": 8,
+    "九": 9,
+    "十": 10,
 }
 _MENTION = re.compile(
-    r"\b(?P<ordinal>first|second|third|fourth|fifth|last)\s+(?:image|picture|photo)\b"
+    rf"\b(?P<ordinal>{'|'.join(filter(str.isascii, _ORDINALS))}|last)\s+(?:image|picture|photo)\b"
+    r"|\b(?P<short_ordinal>\d{1,2})(?:st|nd|rd|th)\s+(?:image|picture|photo)\b"
     r"|\b(?:image|picture|photo)[ _]?(?P<number>\d{1,2})\b"
-    r"|第(?P<chinese>[一二三四五]|\d{1,2})[张幅个]",
+    r"|第(?P<chinese>[一二三四五六七八九十]|\d{1,2})[张幅个]"
+    r"|图片?\s*(?P<chinese_number>\d{1,2})",
     re.IGNORECASE,
 )
 
@@ -52,8 +64,11 @@ def assign_boxes(answer: str, question: str, num_pictures: int) -> tuple[list[Ow
         default = mention[1]
     parts = _parts(answer, default, num_pictures)
     read = [(owner, read_grounding(part)) for owner, part in parts]
-    if any(result.problems for _, result in read):  # a label and its boxes may lie on both sides of a mention
-        read = [(default, read_grounding(answer))]
+    whole = read_grounding(answer)
+    # A label and its boxes may lie on both sides of a mention. What is malformed without the cuts, such as the end of
+    # an answer that was stopped, says nothing of them.
+    if sum(len(result.problems) for _, result in read) > len(whole.problems):
+        read = [(default, whole)]
     return _join(read)
 
 

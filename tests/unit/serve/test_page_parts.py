@@ -142,6 +142,8 @@ def box(label, x=1):
             [0, 1, 2],
         ),
         (f"第一张图 {box('a')} 第2张 {box('b', 3)}", "", 3, [0, 1]),
+        (f"The sixth image {box('a')}, the 2nd picture {box('b', 3)}", "", 8, [5, 1]),
+        (f"第六张图片 {box('a')} 图2 {box('b', 3)} 图片 10 {box('c', 5)}", "", 10, [5, 1, 9]),
         (box("a"), "in image 7", 2, [1]),  # there is no such picture
         ("<|ref|>image 1<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>", "", 2, [1]),  # a label is not a mention
         ("nothing", "", 2, []),
@@ -151,6 +153,13 @@ def test_boxes_belong_to_the_picture_that_is_named_else_the_last(answer, questio
     boxes, problems = assign_boxes(answer, question, num_pictures)
     assert [owned.picture for owned in boxes] == owners
     assert problems == []
+
+
+def test_an_answer_that_was_stopped_keeps_its_boxes_where_they_were():
+    answer = f"image_1: {box('a')} image_2: {box('b', 3)} image_3: <|ref|>c<|/ref|><|det|>[[9, 1"
+    boxes, problems = assign_boxes(answer, "", 3)
+    assert [owned.picture for owned in boxes] == [0, 1]
+    assert len(problems) == 1
 
 
 def test_malformed_boxes_are_reported():
