@@ -24,7 +24,7 @@ from PIL import Image
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
-from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding
+from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding, save_drawing
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
 from deepseek_vl2.serve.questions import DESCRIBE_PICTURE, place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
@@ -153,8 +153,7 @@ def save_boxes(grounding: GroundingResult, picture: Image.Image | None, path: Pa
     """Draws the boxes on a picture; returns where it was saved, None without boxes or picture."""
     if not grounding.boxes or picture is None or not is_first_process():
         return None
-    draw_boxes(picture, grounding.boxes).save(path, quality=95)
-    return path
+    return save_drawing(draw_boxes(picture, grounding.boxes), path, quality=95)
 
 
 def warn(message: str) -> None:

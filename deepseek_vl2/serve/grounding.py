@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
@@ -20,6 +21,9 @@ from deepseek_vl2.serve.labels import LabelPlacer, contrast_to, palette_colour
 logger = logging.getLogger(__name__)
 
 COORDINATE_MAX = 999
+JPEG_ENDINGS = (".jpg", ".jpeg")
+# Of libjpeg; the format itself ends a little above.
+MAX_JPEG_SIDE = 65_500
 _TAG = re.compile("|".join(map(re.escape, GROUNDING_TOKENS)))
 _BOX = re.compile(r"\s*\[([^\[\]]*)\]\s*")
 _CLOSING = {REF_START: REF_END, DET_START: DET_END}
@@ -272,6 +276,27 @@ def draw_boxes(
         for number, (box, outline) in enumerate(zip(boxes, outlines, strict=True), start=1):
             placer.write(box.label, number, outline, colours[box.label])
     return drawn
+
+
+def save_drawing(drawn: Image.Image, path: Path, quality: int) -> Path:
+    """Save a picture; as PNG under the same name if it is to be JPEG and too long for that.
+
+    Args:
+        drawn: the picture.
+        path: where to; the ending says the format.
+        quality: of JPEG, up to 95.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the ending is no format.
+    """
+    if path.suffix.lower() in JPEG_ENDINGS and max(drawn.size) > MAX_JPEG_SIDE:
+        path = path.with_suffix(".png")
+    drawn.save(path, quality=quality)
+    return path
 
 
 def _outline(box: GroundedBox, size: tuple[int, int], line: int) -> tuple[int, int, int, int]:

@@ -11,6 +11,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.conversation import Conversation
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.prompt_memory import PromptMemory
+from deepseek_vl2.serve.row_sampling import LEAST_TEMPERATURE
 from deepseek_vl2.serve.streaming import AnswerStream
 from deepseek_vl2.utils.io import load_pil_images, load_pretrained_model
 
@@ -154,6 +155,6 @@ def sampling_options(
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty {repetition_penalty} must be above 0; 1 is none.")
     options: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "repetition_penalty": float(repetition_penalty)}
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return options | {"do_sample": False}
     return options | {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}

@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.special_tokens import IMAGE
 from deepseek_vl2.serve.app_modules.conversation import Answer, FoundBox, Question, Statistics, Turn
 from deepseek_vl2.serve.app_modules.engine import ANSWERING, LOADING, WEIGHTS, Job, LoadState, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
@@ -21,7 +22,7 @@ from deepseek_vl2.serve.app_modules.settings import BY_CHANCE, Settings
 from deepseek_vl2.serve.app_modules.texts import UserError
 from deepseek_vl2.serve.box_owners import OwnedBox, assign_boxes
 from deepseek_vl2.serve.chat_session import DEFAULT_MAX_CACHE_BYTES, ChatSession, ChatSessionPool
-from deepseek_vl2.serve.grounding import draw_boxes, read_grounding, strip_grounding
+from deepseek_vl2.serve.grounding import draw_boxes, read_grounding, save_drawing, strip_grounding
 from deepseek_vl2.serve.inference import sampling_options
 from deepseek_vl2.serve.questions import place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream, stop_between_layers
@@ -32,6 +33,8 @@ logger = logging.getLogger(LOGGER_NAME)
 
 # Room that is kept for an answer when earlier turns are left out.
 MIN_ROOM_FOR_ANSWER = 512
+# What the model has said itself is no mark.
+PLAIN_IMAGE = IMAGE.replace("<", "< ")
 
 
 class ModelOptions(NamedTuple):
@@ -254,7 +257,9 @@ class ModelAnswerer:
         if turn.answer is None or not turn.answer.text:
             return _Said([], [])
         marked = place_image_marks(turn.question.text, len(turn.question.pictures))
-        return _Said(_pair(marked, turn.answer.text), self._load_pictures(turn.question))
+        # Read off a picture, say, the mark of pictures would ask for one more of them.
+        answer = turn.answer.text.replace(IMAGE, PLAIN_IMAGE)
+        return _Said(_pair(marked, answer), self._load_pictures(turn.question))
 
     def _find_boxes(self, text: str, request: Request, pictures: list[Image.Image]) -> tuple[list[OwnedBox], list[str]]:
         """Find the boxes, in the pictures of this question, or of the last question that had some."""
@@ -275,8 +280,7 @@ class ModelAnswerer:
             if own:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path = Path(tempfile.mkdtemp(dir=self._folder)) / f"boxes_{number}.jpg"
-                draw_boxes(picture, own).save(path, quality=92)
-                yield number, str(path)
+                yield number, str(save_drawing(draw_boxes(picture, own), path, quality=92))
 
 
 def load_upload(path: str, limits: UploadLimits) -> Image.Image:

@@ -45,7 +45,9 @@ class Session:
             return None
         turn = self.turns.pop()
         turn.delete_files()
-        self.num_left_out = min(self.num_left_out, len(self.turns))
+        # Those before it may have room again; the answer before it knows of those that had none then.
+        answered = [turn.answer for turn in self.turns if turn.answer is not None]
+        self.num_left_out = answered[-1].num_left_out if answered else 0
         return turn
 
 

@@ -121,6 +121,11 @@ def test_memory_for_features_is_bounded(loaded, answerer, picture, monkeypatch):
     assert 0 < features.num_bytes <= 60_000
 
 
+def test_an_answer_that_holds_the_mark_of_pictures_can_be_followed_up(answerer, picture):
+    turns = [Turn(Question("What tag?", (picture("red"),)), said("<image> it is <image>"))]
+    assert ask(answerer, Question("And?"), turns).statistics.num_prompt_tokens > 0
+
+
 def test_history_is_shortened_turn_by_turn_with_its_pictures(answerer, picture):
     turns = [Turn(Question("What? " * 40, (picture(color),)), said("It. " * 20)) for color in ("red", "blue", "lime")]
     everything = ask(answerer, Question("And?"), turns, Settings(max_new_tokens=4, history_tokens=4096))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from deepseek_vl2.serve import labels
-from deepseek_vl2.serve.grounding import GroundedBox, draw_boxes
+from deepseek_vl2.serve.grounding import MAX_JPEG_SIDE, GroundedBox, draw_boxes, save_drawing
 from deepseek_vl2.serve.labels import FontFace, contrast_to, machine_fonts, palette_colour, readable_label
 
 GREY = (127, 127, 127)
@@ -158,3 +158,11 @@ def test_fonts_are_looked_up_once(monkeypatch):
 def test_a_font_of_the_callers_choice_must_exist():
     with pytest.raises(OSError, match=r"cannot open|No such"):
         draw_boxes(Image.new("RGB", (99, 99)), [GroundedBox("a", (1, 2, 3, 4))], font_path="gone.ttf")
+
+
+@pytest.mark.parametrize(("side", "name"), [(MAX_JPEG_SIDE, "boxes.jpg"), (MAX_JPEG_SIDE + 1, "boxes.png")])
+def test_a_picture_too_long_for_jpeg_becomes_png(tmp_path, side, name):
+    saved = save_drawing(Image.new("RGB", (side, 2), GREY), tmp_path / "boxes.jpg", quality=90)
+    assert saved == tmp_path / name
+    with Image.open(saved) as again:
+        assert again.size == (side, 2)

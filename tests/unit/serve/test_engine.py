@@ -211,10 +211,10 @@ def test_sessions_are_apart_and_the_oldest_are_forgotten():
     assert sessions.get("a").turns == []
 
 
-def test_taking_turns_away_keeps_what_was_left_out_within_bounds():
-    session = Session([Turn(Question("1")), Turn(Question("2"))], num_left_out=1)
-    assert session.remove_last().question.text == "2"
-    assert session.num_left_out == 1
-    assert session.remove_last().question.text == "1"
-    assert session.num_left_out == 0
+def test_turns_that_had_no_room_beside_a_removed_one_are_read_again():
+    turns = [Turn(Question(str(number)), answer("yes", num_left_out=number)) for number in range(3)]
+    session = Session([*turns, Turn(Question("waits"))], num_left_out=2)
+    for text, num_left_out in (("waits", 2), ("2", 1), ("1", 0), ("0", 0)):
+        assert session.remove_last().question.text == text
+        assert session.num_left_out == num_left_out
     assert session.remove_last() is None

@@ -107,6 +107,12 @@ def test_positional_and_keyword_forms_agree(parts):
     assert text and text == "".join(named) == "".join(prepared)
 
 
+def test_a_temperature_near_zero_is_greedy(parts):
+    options = {"max_length": 6, "repetition_penalty": 1.0}
+    texts = ["".join(deepseek_generate(question(), *parts, temperature=value, **options)) for value in (0, 1e-40)]
+    assert texts[0] == texts[1] != ""
+
+
 def test_several_turns(parts):
     turns = [*question("One?")[:1], {"role": "<|Assistant|>", "content": "red"}, *question("Two?", (BLUE,))]
     ids = plain_ids(parts, turns, max_new_tokens=8)
