@@ -8,10 +8,17 @@ Exit codes: 0; 2 after an error that the user can mend.
 """
 
 import argparse
+import contextlib
+import errno
+import logging
 import math
 import os
+import signal
+import socket
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,6 +101,25 @@ def logins(pairs: list[str]) -> list[tuple[str, str]]:
     return [(user, password) for user, password in split]
 
 
+def check_address(ip: str, port: int) -> None:
+    """Refuses an address that cannot be had, before anything large is imported.
+
+    Raises:
+        OSError: If the port is in use, or the address is none of this machine.
+    """
+    for host in (ip, "127.0.0.1"):  # whatever the address, gradio wants to have the port there too
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                if os.name == "posix":  # as servers do: a port that was left a moment ago is free
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"--port {port} is in use; take another, or 0 for any that is free") from error
+            raise OSError(f"--ip {ip} --port {port} cannot be served: {error.strerror}") from error
+
+
 def serve(options: argparse.Namespace, folder: Path) -> None:
     """Builds the page and serves it until it is interrupted.
 
@@ -101,6 +127,8 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
         options: the command line.
         folder: for uploads and pictures with boxes; whoever calls deletes it.
     """
+    ip = options.ip.strip("[]")
+    check_address(ip, options.port)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when gradio is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from deepseek_vl2.serve.app_modules.server import ServerOptions, build_demo, launch
@@ -122,10 +150,8 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
         log_content=options.log_content,
     )
     demo = build_demo(server_options)
-    if not options.lazy_load:
-        demo.engine.start_loading()
     addresses: dict[str, Any] = {
-        "server_name": options.ip,
+        "server_name": f"[{ip}]" if ":" in ip else ip,  # gradio makes an address for browsers of it
         "server_port": options.port or None,
         "root_path": options.root_path,
         "share": options.share,
@@ -133,8 +159,39 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
     }
     try:
         launch(demo, **addresses)
+        if not options.lazy_load:
+            demo.engine.start_loading()
+        threading.Event().wait()
     finally:
         demo.engine.close()
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Ends as Ctrl-C does, with uploads deleted, when a service manager or `kill` ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process, also in the middle of a load: that cannot be interrupted, and Python would wait for its end."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("deepseek_vl2-loader"):  # the engine's
+            thread.join(1)  # one that loads nothing ends by itself
+            if thread.is_alive():
+                logging.shutdown()
+                os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,12 +199,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         check_arguments(options)
-        if (options.share or options.ip not in ("127.0.0.1", "localhost", "::1")) and not options.auth:
+        if (options.share or options.ip.strip("[]") not in ("127.0.0.1", "localhost", "::1")) and not options.auth:
             print(
                 "web_demo.py: warning: others can reach this page; --auth USER:PASSWORD asks for a login",
                 file=sys.stderr,
             )
-        with tempfile.TemporaryDirectory(prefix="deepseek_vl2-web-", ignore_cleanup_errors=True) as folder:
+        folders = tempfile.TemporaryDirectory(prefix="deepseek_vl2-web-", ignore_cleanup_errors=True)
+        with sigterm_as_interrupt(), folders as folder:
             serve(options, Path(folder))
     except KeyboardInterrupt:
         return 0
@@ -158,4 +216,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

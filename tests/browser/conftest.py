@@ -56,7 +56,7 @@ def demo(served_folder):
     )
     demo = build_demo(options)
     demo.engine.start_loading().result(TIMEOUT)
-    blocks = launch(demo, block=False, server_name="127.0.0.1", server_port=None)
+    blocks = launch(demo, server_name="127.0.0.1", server_port=None)
     demo.address = blocks.local_url
     yield demo
     demo.engine.close()

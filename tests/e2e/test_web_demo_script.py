@@ -1,10 +1,15 @@
 """web_demo.py's command line: mistakes cost one line, before anything is loaded."""
 
 import importlib.util
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.e2e
@@ -63,6 +68,55 @@ def test_an_open_page_without_login_is_warned_of(script, capsys, monkeypatch):
     assert script.main([]) == 0
     assert capsys.readouterr().err == ""
     assert served == [True, True, True]
+
+
+def test_an_address_that_cannot_be_had_costs_one_line_before_anything_is_imported(script, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepseek_vl2.serve.app_modules.server", None)  # importing it fails
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for ip in ("127.0.0.1", "0.0.0.0"):
+            assert script.main(["--ip", ip, "--auth", "me:secret", "--port", str(port)]) == 2
+            complaint = f"web_demo.py: error: --port {port} is in use; take another, or 0 for any that is free\n"
+            assert capsys.readouterr().err == complaint
+    assert script.main(["--ip", "203.0.113.9", "--auth", "me:secret"]) == 2  # an address for documents, nobody's
+    assert "--ip 203.0.113.9 --port 7860 cannot be served: Cannot assign" in capsys.readouterr().err
+
+
+def has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_it_ends_at_once_in_the_middle_of_a_load_and_leaves_no_uploads(repository, tmp_path):
+    """One start for several promises: IPv6, the page before the model, SIGTERM as Ctrl-C."""
+    ip = "::1" if has_ipv6() else "127.0.0.1"
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, repository / "web_demo.py", "--ip", ip, "--port", "0"],
+            cwd=repository,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        end = time.monotonic() + 120
+        while not (found := re.search(r"the page is at (http\S+)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        assert httpx.get(found[1], timeout=60).status_code == 200
+        assert list(tmp_path.glob("deepseek_vl2-web-*"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "the model is loaded" not in log.read_text()
+    assert not list(tmp_path.glob("deepseek_vl2-web-*"))
 
 
 def test_the_reference_s_options_are_all_there_and_in_the_readme(repository):

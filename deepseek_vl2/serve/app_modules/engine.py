@@ -207,13 +207,13 @@ class Engine:
             loading.result().forget(user)
 
     def close(self) -> None:
-        """End all answers."""
+        """End all answers. A load under way cannot be interrupted; it is not waited for."""
         with self._lock:
             jobs = [*self._queue.in_turn(), *self._running]
         for job in jobs:
             self.cancel(job)
         self._executor.shutdown()
-        self._loader.shutdown()
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _dispatch(self) -> None:
         with self._lock:

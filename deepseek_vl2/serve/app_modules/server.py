@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +97,11 @@ def _served_copies(pictures: Path, folder: Path) -> Path:
     return copies
 
 
-def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
-    """Serve the page.
+def launch(demo: Demo, **addresses: Any) -> gr.Blocks:
+    """Serve the page, in threads of its own.
 
     Args:
         demo: what to serve.
-        block: whether to return only when the server is interrupted.
         **addresses: for gradio's `launch`: `server_name`, `server_port`, `root_path`, `share`, `auth`.
 
     Raises:
@@ -112,7 +110,7 @@ def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     demo.root_path = addresses.get("root_path") or ""
     blocks = demo.build()
-    blocks.queue(default_concurrency_limit=None)
+    blocks.queue(default_concurrency_limit=None, api_open=False)  # past the queue no session would have a name
     blocks.launch(
         **addresses,
         prevent_thread_lock=True,
@@ -132,8 +130,6 @@ def launch(demo: Demo, *, block: bool = True, **addresses: Any) -> gr.Blocks:
     logger.info("the page is at %s", blocks.local_url)
     if blocks.share_url:
         logger.warning("the page is open to the internet at %s", blocks.share_url)
-    if block:
-        threading.Event().wait()
     return blocks
 
 
