@@ -33,6 +33,7 @@ def test_those_who_wait_see_their_place_and_can_stop(visit, demo, slow_model):
     third.shoot("waiting")
     second.page.locator("#question .stop-button").click()
     second.page.wait_for_selector("#question .submit-button")
+    second.page.wait_for_function("document.querySelector('#question textarea').value === 'What is it?'")
     third.page.get_by_text("Waiting: you are next.").wait_for()
     slow_model.stop()
     for visitor in (first, third):

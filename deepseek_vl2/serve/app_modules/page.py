@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import gradio as gr
 from deepseek_vl2.serve.app_modules import rendering
 from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Turn
 from deepseek_vl2.serve.app_modules.engine import EXPECTED_ERRORS, FAILED, READY, Engine, Job, Request
+from deepseek_vl2.serve.app_modules.incoming import GuardedBlocks
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
 from deepseek_vl2.serve.app_modules.logs import LOGGER_NAME
 from deepseek_vl2.serve.app_modules.sessions import Session, Sessions
@@ -28,6 +29,41 @@ _HEARTBEAT = 1.0  # at least so often something is sent, so that a user who left
 _HOT = 0.7
 _FILES_LIVE = 24 * 3600  # seconds
 _KEEP_PLAIN = 10**9  # the text box would turn longer pasted text into a file
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """Turns that another one stands in for, until it is known whether that gets an answer.
+
+    Attributes:
+        turns: in their order.
+        num_left_out: of the session when they were taken out.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    num_left_out: int = 0
+
+    @classmethod
+    def of(cls, session: Session, start: int | None) -> "_Replaced":
+        """Take the turns from a place on out of a conversation; their files stay."""
+        replaced = cls(tuple(session.turns[start:]) if start is not None else (), session.num_left_out)
+        if replaced.turns:
+            del session.turns[start:]
+            # As after Undo: the turns before may have room again, but for those that the last answer went without.
+            answer = session.turns[-1].answer if session.turns else None
+            session.num_left_out = answer.num_left_out if answer else 0
+        return replaced
+
+    def put_back(self, session: Session) -> None:
+        """Continue as if nothing had been asked."""
+        if self.turns:
+            session.turns.extend(self.turns)
+            session.num_left_out = self.num_left_out
+
+    def delete_files(self) -> None:
+        """Delete what was made for their answers."""
+        for turn in self.turns:
+            turn.delete_files()
 
 
 class Demo:
@@ -68,7 +104,7 @@ class Demo:
 
     def build(self) -> gr.Blocks:
         """Lay the page out."""
-        with gr.Blocks(
+        with GuardedBlocks(
             title=text("title", ENGLISH), analytics_enabled=False, delete_cache=(3600, _FILES_LIVE), fill_height=True
         ) as blocks:
             with gr.Row(elem_id="head"):
@@ -78,6 +114,7 @@ class Demo:
                 self.theme = gr.Button(text("theme", ENGLISH), elem_id="theme", size="sm")
             self.model_state = gr.HTML(self._model_line(ENGLISH), elem_id="model-state")
             self.chat = gr.Chatbot(**self._chat_options(ENGLISH), **_CHAT)
+            self.chat.keep_in_cache |= self.chat.temp_files  # the examples' pictures; gradio would delete them in a day
             with gr.Column(elem_id="ask"):
                 self.status = gr.HTML("", elem_id="status")
                 self.question = gr.MultimodalTextbox(**self._question_options(ENGLISH), **_QUESTION)
@@ -232,7 +269,7 @@ class Demo:
         """Answer what is in the text box."""
         message = message or {}
         question = Question(message.get("text") or "", tuple(message.get("files") or ()))
-        async for output in self._converse(question, values, request):
+        async for output in self._converse(question, values, request, is_draft=True, gives_back=True):
             yield output
 
     async def ask_example(self, request: gr.Request, event: gr.SelectData, *values: Any) -> AsyncIterator[Any]:
@@ -245,9 +282,8 @@ class Demo:
     async def regenerate(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         """Answer the last question again."""
         session = self._session(request)
-        turn = None if session.job else session.remove_last()
-        question = turn.question if turn else None
-        async for output in self._converse(question, values, request):
+        question = session.turns[-1].question if session.turns else None
+        async for output in self._converse(question, values, request, start=len(session.turns) - 1):
             yield output
 
     async def ask_edited(self, request: gr.Request, event: gr.EditData, *values: Any) -> AsyncIterator[Any]:
@@ -255,18 +291,33 @@ class Demo:
         session = self._session(request)
         number = _message_number(event.index) // 2
         question = None
-        while not session.job and len(session.turns) > number:
-            question = session.turns[-1].question
-            session.remove_last()
-        if question is not None:
-            question = Question(rendering.from_markup(str(event.value)), question.pictures)
-        async for output in self._converse(question, values, request):
+        if 0 <= number < len(session.turns):
+            pictures = session.turns[number].question.pictures
+            question = Question(rendering.from_markup(str(event.value)), pictures)
+        async for output in self._converse(question, values, request, start=number, gives_back=True):
             yield output
 
     async def _converse(
-        self, question: Question | None, values: tuple[Any, ...], request: gr.Request
+        self,
+        question: Question | None,
+        values: tuple[Any, ...],
+        request: gr.Request,
+        *,
+        start: int | None = None,
+        is_draft: bool = False,
+        gives_back: bool = False,
     ) -> AsyncIterator[tuple[Any, Any, Any, Any]]:
-        """Answer a question in a session's conversation, and show how it goes."""
+        """Answer a question in a session's conversation, and show how it goes.
+
+        Args:
+            question: what is asked, `None` if there is nothing.
+            values: of the settings.
+            request: who asks.
+            start: the turns from there on give way to this one; they come back if it gets no answer.
+            is_draft: whether the question is the one in the text box, which is emptied; what somebody is writing there
+                stays otherwise.
+            gives_back: whether a question without an answer goes into the text box, not to be lost.
+        """
         session = self._session(request)
 
         def shown(status: str, box: Any) -> tuple[Any, Any, Any, Any]:
@@ -278,22 +329,24 @@ class Demo:
             yield shown(rendering.error_line(error.describe(session.language)), gr.update())
             return
         turn = Turn(question)  # type: ignore[arg-type]
+        replaced = _Replaced.of(session, start)
         job = self._submit(session, turn, settings)
-        yield shown(self._job_line(job, session), _busy_box())
+        yield shown(self._job_line(job, session), _busy_box(value=None) if is_draft else _busy_box())
         try:
             async for _ in self._watch(job):
                 yield shown(self._job_line(job, session), gr.update())
             failure = _failure(job)
         finally:  # also when the user has gone
-            self._finish(session, turn, job)
+            is_withdrawn = self._finish(session, turn, job, replaced)
+        box = _idle_box(value=_as_input(question)) if is_withdrawn and gives_back else _idle_box()
         if failure is not None:
             message = self._describe(failure, session.language)
-            yield shown(rendering.error_line(message), _idle_box(value=_as_input(question)))
+            yield shown(rendering.error_line(message), box)
             return
         notice = ""
         if settings.temperature > _HOT:
             notice = rendering.notice_line(text("hot", session.language, limit=_HOT))
-        yield shown(notice, _idle_box())
+        yield shown(notice, box)
 
     def _check(self, session: Session, question: Question | None, values: tuple[Any, ...]) -> Settings:
         """Refuse what cannot be answered, before it waits in the queue.
@@ -337,20 +390,30 @@ class Demo:
             return self._model_line(session.language)
         return rendering.job_line(job, self.engine.place(job), session.language)
 
-    def _finish(self, session: Session, turn: Turn, job: Job) -> None:
-        """Put an answer into the conversation, or take its question out if there is none; ends one that goes on."""
+    def _finish(self, session: Session, turn: Turn, job: Job, replaced: _Replaced) -> bool:
+        """Put an answer into the conversation, or take its question out if there is none; ends one that goes on.
+
+        Returns:
+            Whether the question was taken out here.
+        """
         self.engine.cancel(job)
         if session.job is job:
             session.job = None
         is_answered = job.future.done() and not job.future.cancelled() and job.future.exception() is None
-        if is_answered and turn in session.turns:
+        is_there = turn in session.turns
+        if is_answered and is_there:
             turn.answer = job.future.result()
             session.num_left_out = turn.answer.num_left_out
             self._log(turn.question, turn.answer)
-            return
+            replaced.delete_files()
+            return False
         job.future.add_done_callback(_delete_files)  # of an answer that nobody waited for
-        if turn in session.turns:
+        if is_there:
             session.turns.remove(turn)
+            replaced.put_back(session)
+        else:
+            replaced.delete_files()
+        return is_there
 
     def _log(self, question: Question, answer: Answer) -> None:
         statistics = answer.statistics
@@ -374,6 +437,8 @@ class Demo:
         return text("failed", language, reason=reason)
 
     def _session(self, request: gr.Request) -> Session:
+        if not request.session_hash:  # all who have none would share one conversation
+            raise gr.Error(text("no_session", ENGLISH), print_exception=False)
         session = self.sessions.get(str(request.session_hash))
         if self.root_path:
             session.file_address = f"{self.root_path.rstrip('/')}/gradio_api/file="
@@ -453,7 +518,7 @@ class Demo:
                 yield {"answer": job.words, "place": self.engine.place(job), "is_final": False}
             failure = _failure(job)
         finally:
-            self._finish(session, turn, job)
+            self._finish(session, turn, job, _Replaced())
         if failure is not None:
             raise gr.Error(self._describe(failure, ENGLISH), print_exception=False)
         if turn.answer is None:
@@ -493,8 +558,8 @@ _SET_LANGUAGE = "() => { document.documentElement.lang = document.querySelector(
 _SWITCH_THEME = "() => { document.body.classList.toggle('dark'); }"
 
 
-def _busy_box() -> Any:
-    return gr.update(value=None, submit_btn=False, stop_btn=True)
+def _busy_box(**changes: Any) -> Any:
+    return gr.update(submit_btn=False, stop_btn=True, **changes)
 
 
 def _idle_box(**changes: Any) -> Any:

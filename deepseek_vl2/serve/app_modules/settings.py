@@ -72,7 +72,9 @@ def _checked(name: str, value: Any) -> Any:
         return value
     low, high, _ = RANGES[name]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (name == "chunk_size" and value == 0):
+    if is_number and name == "chunk_size" and value == 0:
+        raise UserError("chunk_of_nothing", name=name, value=value, high=high)
+    if not is_number or not low <= value <= high:
         raise UserError("out_of_range", name=name, value=repr(value)[:60], low=low, high=high)
     if name not in _WHOLE:
         return float(value)

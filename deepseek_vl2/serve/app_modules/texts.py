@@ -98,11 +98,23 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "{name} is {value}; it must be {low} to {high}.",
         "{name} 为 {value}，应在 {low} 到 {high} 之间。",
     ),
+    "chunk_of_nothing": (
+        "{name} is {value}; it must be 1 to {high}, or -1 for all at once.",
+        "{name} 为 {value}，应在 1 到 {high} 之间，或为 -1（全部）。",
+    ),
     "not_whole": ("{name} is {value}; it must be a whole number.", "{name} 为 {value}，应为整数。"),
     "not_a_switch": ("{name} is {value}; it must be true or false.", "{name} 为 {value}，应为 true 或 false。"),
     "not_a_message": (
         "message is {value}; it must be a text, or an object with text and files.",
         "message 为 {value}，应为文字，或包含 text 与 files 的对象。",
+    ),
+    "address": (
+        "{address} is an address, which is not fetched. Upload the picture itself.",
+        "{address} 是网址，不会被下载。请上传图片。",
+    ),
+    "no_session": (
+        "The request has no session_hash. Use gradio_client, or POST to /gradio_api/call/chat.",
+        "请求缺少 session_hash。请使用 gradio_client，或 POST 到 /gradio_api/call/chat。",
     ),
     "failed": ("The question could not be answered: {reason}", "无法回答：{reason}"),
 }
