@@ -46,13 +46,8 @@ class _Replaced:
     @classmethod
     def of(cls, session: Session, start: int | None) -> "_Replaced":
         """Take the turns from a place on out of a conversation; their files stay."""
-        replaced = cls(tuple(session.turns[start:]) if start is not None else (), session.num_left_out)
-        if replaced.turns:
-            del session.turns[start:]
-            # As after Undo: the turns before may have room again, but for those that the last answer went without.
-            answer = session.turns[-1].answer if session.turns else None
-            session.num_left_out = answer.num_left_out if answer else 0
-        return replaced
+        num_left_out = session.num_left_out
+        return cls(() if start is None else tuple(session.take_out(start)), num_left_out)
 
     def put_back(self, session: Session) -> None:
         """Continue as if nothing had been asked."""

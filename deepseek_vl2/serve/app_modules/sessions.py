@@ -43,12 +43,18 @@ class Session:
         """Take the last turn away, and delete what was made for it."""
         if not self.turns:
             return None
-        turn = self.turns.pop()
+        (turn,) = self.take_out(len(self.turns) - 1)
         turn.delete_files()
-        # Those before it may have room again; the answer before it knows of those that had none then.
+        return turn
+
+    def take_out(self, start: int) -> list[Turn]:
+        """Take the turns from a place on out of the conversation; their files stay."""
+        taken = self.turns[start:]
+        del self.turns[start:]
+        # Those before may have room again; the last answer among them knows of the ones that had none then.
         answered = [turn.answer for turn in self.turns if turn.answer is not None]
         self.num_left_out = answered[-1].num_left_out if answered else 0
-        return turn
+        return taken
 
 
 class Sessions:

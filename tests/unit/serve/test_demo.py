@@ -1,6 +1,5 @@
 """The demo with a model that answers when it is told to: what becomes of questions, and what its server takes."""
 
-import asyncio
 import contextlib
 import json
 import threading
@@ -85,10 +84,11 @@ def queue(demo):
     demo.engine.submit("other", Request((), Question("hold"), Settings()))
 
 
-def outputs_of(outputs, *, meanwhile=None):
-    """All that is shown; something may happen while the question waits."""
+@pytest.fixture
+def outputs_of(run_async):
+    """Gives all that is shown; something may happen while the question waits."""
 
-    async def collect():
+    async def collect(outputs, meanwhile):
         shown = []
         async for output in outputs:
             shown.append(output)
@@ -96,7 +96,7 @@ def outputs_of(outputs, *, meanwhile=None):
                 meanwhile()
         return shown
 
-    return asyncio.run(collect())
+    return lambda outputs, meanwhile=None: run_async(collect(outputs, meanwhile))
 
 
 def box_values(shown):
@@ -104,7 +104,7 @@ def box_values(shown):
     return [box["value"] for _, _, box, _ in shown if "value" in box]
 
 
-def test_a_setting_that_cannot_be_removes_no_turn(demo, session):
+def test_a_setting_that_cannot_be_removes_no_turn(demo, session, outputs_of):
     before = list(session.turns)
     values = {**VALUES, "chunk_size": 0}.values()
     for outputs in (demo.regenerate(A, *values), demo.ask_edited(A, SimpleNamespace(index=0, value="new"), *values)):
@@ -116,7 +116,7 @@ def test_a_setting_that_cannot_be_removes_no_turn(demo, session):
     assert session.marked.exists()
 
 
-def test_repeated_and_edited_questions_take_the_place_of_the_turns_from_there_on(demo, session, parrot):
+def test_repeated_and_edited_questions_take_the_place_of_the_turns_from_there_on(demo, session, parrot, outputs_of):
     shown = outputs_of(demo.regenerate(A, *VALUES.values()))
     assert [turn.answer.text for turn in session.turns] == ["first"]
     assert not session.marked.exists()
@@ -127,7 +127,7 @@ def test_repeated_and_edited_questions_take_the_place_of_the_turns_from_there_on
     assert [len(request.turns) for request in parrot.requests] == [0, 1, 0]
 
 
-def test_a_question_that_is_stopped_in_the_queue_comes_back_with_its_pictures(demo, queue, tmp_path):
+def test_a_question_that_is_stopped_in_the_queue_comes_back_with_its_pictures(demo, queue, tmp_path, outputs_of):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     message = {"text": "what?", "files": [str(tmp_path / "a.png")]}
     shown = outputs_of(demo.ask(A, message, *VALUES.values()), meanwhile=lambda: demo.stop(A))
@@ -135,7 +135,7 @@ def test_a_question_that_is_stopped_in_the_queue_comes_back_with_its_pictures(de
     assert demo.sessions.get("a").turns == []
 
 
-def test_what_was_there_comes_back_when_its_repetition_is_stopped(demo, session, queue):
+def test_what_was_there_comes_back_when_its_repetition_is_stopped(demo, session, queue, outputs_of):
     session.turns.append(Turn(Question("second"), answer("two", num_left_out=1)))
     session.num_left_out = 1
     before = list(session.turns)
@@ -148,14 +148,14 @@ def test_what_was_there_comes_back_when_its_repetition_is_stopped(demo, session,
     assert session.marked.exists()
 
 
-def test_a_new_conversation_in_the_meantime_stays_empty(demo, session, queue):
+def test_a_new_conversation_in_the_meantime_stays_empty(demo, session, queue, outputs_of):
     shown = outputs_of(demo.regenerate(A, *VALUES.values()), meanwhile=lambda: demo.start_anew(A))
     assert (session.turns, box_values(shown), session.marked.exists()) == ([], [], False)
     shown = outputs_of(demo.ask(A, {"text": "what?"}, *VALUES.values()), meanwhile=lambda: demo.start_anew(A))
     assert box_values(shown) == [None]
 
 
-def test_a_question_that_fails_comes_back_but_an_example_leaves_a_draft_alone(demo, monkeypatch):
+def test_a_question_that_fails_comes_back_but_an_example_leaves_a_draft_alone(demo, monkeypatch, outputs_of):
     shown = outputs_of(demo.ask(A, {"text": "bad"}, *VALUES.values()))
     assert box_values(shown) == [None, {"text": "bad", "files": []}]
     assert "no such thing" in shown[-1][1]
@@ -199,7 +199,7 @@ def file_at(path):
 
 
 @pytest.mark.parametrize("place", [0, 2], ids=["message", "number"])
-def test_nothing_is_fetched_for_those_who_ask(demo, place, monkeypatch):
+def test_nothing_is_fetched_for_those_who_ask(demo, place, monkeypatch, run_async):
     blocks = demo.build()
     monkeypatch.setattr(
         "gradio.processing_utils.async_ssrf_protected_download", lambda *_, **__: pytest.fail("fetched")
@@ -210,7 +210,7 @@ def test_nothing_is_fetched_for_those_who_ask(demo, place, monkeypatch):
         inputs[place] = address
     (chat,) = [fn for fn in blocks.fns.values() if fn.api_name == "chat"]
     with pytest.raises(Error, match=r"http://127\.0\.0\.1:9/a\.png is an address"):
-        asyncio.run(blocks.preprocess_data(chat, inputs, None))
+        run_async(blocks.preprocess_data(chat, inputs, None))
 
 
 def test_messages_are_texts_or_have_texts_and_files():

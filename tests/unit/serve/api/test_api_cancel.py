@@ -91,7 +91,7 @@ def test_while_the_prompt_is_read(server):
             hook.remove()
 
 
-def test_a_client_that_reads_no_more(monkeypatch):
+def test_a_client_that_reads_no_more(monkeypatch, run_async):
     """Its time is that of the request, although sending waits for it."""
     monkeypatch.setattr(connections, "SEND_GRACE", 0)
     ends = []
@@ -108,7 +108,7 @@ def test_a_client_that_reads_no_more(monkeypatch):
         stream = connections.EventStream(events(), deadline, ends.append)
         await asyncio.wait_for(stream({"type": "http"}, asyncio.Event().wait, send), 10)
 
-    asyncio.run(answer())
+    run_async(answer())
     assert ends == [True]
 
 

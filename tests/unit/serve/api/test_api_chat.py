@@ -175,7 +175,7 @@ def test_seeds(client, star, ask):
     both = texts(seed=1, n=2)
     assert both == [*texts(seed=1), *texts(seed=2)]
     assert both[0] != both[1]
-    assert texts() != texts()
+    assert texts(n=6) != texts(n=6)  # one answer alone may be the same by chance
 
 
 def test_models(client):
