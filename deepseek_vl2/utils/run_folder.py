@@ -4,7 +4,6 @@ A record is a line of JSON that is on the disk before the next is computed. What
 the run goes on, and settings that would give other records are refused.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_vl2.utils.data_files import write_whole
+from deepseek_vl2.utils.errors import naming_file
 from deepseek_vl2.utils.io import resolve_model_path
 
 SETTINGS_FILE = "settings.json"
@@ -141,12 +141,10 @@ def append_records(file: FileIO, records: Iterable[Mapping[str, Any]]) -> list[i
     """
     lines = [(json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records]
     content = memoryview(b"".join(lines))
-    try:
+    with naming_file(Path(str(file.name))):
         while content:
             content = content[file.write(content) :]
         os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or errno.EIO), file.name) from error
     return [len(line) for line in lines]
 
 
