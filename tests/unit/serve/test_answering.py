@@ -5,11 +5,12 @@ import time
 
 import pytest
 import torch
+from page_answers import said
 from PIL import Image
 
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.serve.app_modules.answering import ModelAnswerer
-from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Statistics, Turn
+from deepseek_vl2.serve.app_modules.conversation import Question, Turn
 from deepseek_vl2.serve.app_modules.engine import Job, Request
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
 from deepseek_vl2.serve.app_modules.settings import Settings
@@ -55,10 +56,6 @@ def encoded_views(loaded, monkeypatch):
 
     monkeypatch.setattr(loaded.model.vision, "forward", forward)
     return counts
-
-
-def said(text):
-    return Answer(text, text, (), (), (), Statistics(1, 0, 1, 0.1, 0.2))
 
 
 def ask(answerer, question, turns=(), settings=SHORT, num_left_out=0):

@@ -12,9 +12,10 @@ import pytest
 from gradio.exceptions import Error
 from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client
+from page_answers import said
 from PIL import Image
 
-from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Statistics, Turn
+from deepseek_vl2.serve.app_modules.conversation import Question, Turn
 from deepseek_vl2.serve.app_modules.engine import LIBRARIES, Engine, Request
 from deepseek_vl2.serve.app_modules.incoming import as_message
 from deepseek_vl2.serve.app_modules.limits import UploadLimits
@@ -25,10 +26,6 @@ from deepseek_vl2.serve.app_modules.settings import Settings
 TIMEOUT = 60
 VALUES = asdict(Settings())
 A = SimpleNamespace(session_hash="a")
-
-
-def answer(text, **values):
-    return Answer(text, text, (), (), (), Statistics(1, 0, 1, 0.1, 0.2), **values)
 
 
 class Parrot:
@@ -48,7 +45,7 @@ class Parrot:
         assert request.question.text != "hold" or self.go_on.wait(TIMEOUT)
         if request.question.text == "bad":
             raise ValueError("no such thing")
-        return answer(request.question.text)
+        return said(request.question.text)
 
 
 @pytest.fixture
@@ -73,7 +70,7 @@ def session(demo, tmp_path):
     path.parent.mkdir()
     path.touch()
     session = demo.sessions.get("a")
-    session.turns.append(Turn(Question("first"), replace(answer("one"), marked_pictures=((1, str(path)),))))
+    session.turns.append(Turn(Question("first"), replace(said("one"), marked_pictures=((1, str(path)),))))
     session.marked = path
     return session
 
@@ -136,7 +133,7 @@ def test_a_question_that_is_stopped_in_the_queue_comes_back_with_its_pictures(de
 
 
 def test_what_was_there_comes_back_when_its_repetition_is_stopped(demo, session, queue, outputs_of):
-    session.turns.append(Turn(Question("second"), answer("two", num_left_out=1)))
+    session.turns.append(Turn(Question("second"), said("two", num_left_out=1)))
     session.num_left_out = 1
     before = list(session.turns)
     shown = outputs_of(demo.regenerate(A, *VALUES.values()), meanwhile=lambda: demo.stop(A))

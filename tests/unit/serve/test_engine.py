@@ -4,8 +4,9 @@ import threading
 import time
 
 import pytest
+from page_answers import said
 
-from deepseek_vl2.serve.app_modules.conversation import Answer, Question, Statistics, Turn
+from deepseek_vl2.serve.app_modules.conversation import Question, Turn
 from deepseek_vl2.serve.app_modules.engine import (
     FAILED,
     IDLE,
@@ -26,10 +27,6 @@ TIMEOUT = 60
 
 def request(text):
     return Request((), Question(text), Settings())
-
-
-def answer(text, **values):
-    return Answer(text, text, (), (), (), Statistics(1, 0, 1, 0.1, 0.2), **values)
 
 
 class Slow:
@@ -53,7 +50,7 @@ class Slow:
         job.call_on_stop(stopped.set)
         while not (self.go_on.is_set() or stopped.is_set()):
             time.sleep(0.005)
-        return answer(request.question.text, was_stopped=job.is_stopped)
+        return said(request.question.text, was_stopped=job.is_stopped)
 
 
 @pytest.fixture
@@ -212,7 +209,7 @@ def test_sessions_are_apart_and_the_oldest_are_forgotten():
 
 
 def test_turns_that_had_no_room_beside_a_removed_one_are_read_again():
-    turns = [Turn(Question(str(number)), answer("yes", num_left_out=number)) for number in range(3)]
+    turns = [Turn(Question(str(number)), said("yes", num_left_out=number)) for number in range(3)]
     session = Session([*turns, Turn(Question("waits"))], num_left_out=2)
     for text, num_left_out in (("waits", 2), ("2", 1), ("1", 0), ("0", 0)):
         assert session.remove_last().question.text == text
