@@ -39,7 +39,7 @@ def checkpoint_bytes(
     total = 0
     for name, shape, kind in _tensors(Path(path)):
         if config and kind.endswith(("F16", "F32", "F64")) and is_quantized(name, shape, is_tied):
-            total += quantized_bytes(shape, config)
+            total += quantized_bytes(name, shape, config)
         else:
             is_cast = dtype != "auto" and "F" in kind and not name.endswith(SCALES)
             total += math.prod(shape) * (dtype.itemsize if is_cast else _BYTES[kind])  # type: ignore[union-attr]
@@ -108,13 +108,13 @@ def is_quantized(name: str, shape: Sequence[int], is_tied: bool = False) -> bool
     return is_linear and not is_exact(name) and not (is_tied and parts[-2] == "lm_head")
 
 
-def quantized_bytes(shape: Sequence[int], config: WeightOnlyConfig) -> int:
-    """Bytes of a quantised weight [..., N, K] with its scales.
+def quantized_bytes(name: str, shape: Sequence[int], config: WeightOnlyConfig) -> int:
+    """Bytes of a quantised weight [..., N, K] of that name with its scales.
 
     Experts are counted one by one, as they stand in files; fused and filled up together they may take a little less.
     """
     *experts, num_rows, num_inputs = shape
-    weight_format = config.choose_format(num_inputs)
+    weight_format = config.choose_format(name, num_inputs)
     rows = padded_rows(num_rows, weight_format)
     if weight_format.group_size is None:
         return math.prod(experts) * rows * (num_inputs + 2)

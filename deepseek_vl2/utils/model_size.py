@@ -105,7 +105,7 @@ def weight_bytes(config: DeepseekVLV2Config, weights: str) -> int:
     total = 0
     for name, shape in checkpoint_shapes(config).items():
         if quantization and is_quantized(name, shape):
-            total += quantized_bytes(shape, quantization)
+            total += quantized_bytes(name, shape, quantization)
         else:
             total += round(math.prod(shape) * exact)
     return total

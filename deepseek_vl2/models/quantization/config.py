@@ -1,5 +1,6 @@
 """What can be chosen about weight-only quantisation, and what follows from it for each layer."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,12 @@ METHOD = "deepseek_vl2_weight_only"
 # What the command line calls them, and their bits.
 QUANTIZATIONS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (32, 64, 128)
-# How weights lie in checkpoints, see `packing`. A change of the layout raises it.
-LAYOUT_VERSION = 1
+# How weights lie in checkpoints, see `packing`. A change of the layout, or of which layers have 8 bits, raises it.
+LAYOUT_VERSION = 2
+# Layers that keep 8 bits in an int4 model: the output of attention, the feed-forward layers without experts, and the
+# projector. All tokens pass them one after the other; with a hundredth of the weights they would bring in most of the
+# error.
+_EIGHT_BIT_LAYERS = re.compile(r"(^|\.)(o_proj|mlp\.(gate|up|down)_proj|projector\..+)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         bits: 8 or 4.
         group_size: For 4 bits, how many inputs share a scale: 32, 64 or 128. Fewer are more exact and take more memory
             (5, 4.5 or 4.25 bits a weight). A layer whose width it does not divide takes the largest smaller one that
-            does, and else 8 bits.
+            does, and else 8 bits, which a few layers that rounding harms most take anyway.
         layout_version: How a saved checkpoint lies in its file.
 
     Raises:
@@ -65,9 +70,14 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         """`int8` or `int4`."""
         return f"int{self.bits}"
 
-    def choose_format(self, num_inputs: int) -> WeightFormat:
-        """The format of a weight with K inputs."""
-        if self.bits == 4:
+    def choose_format(self, name: str, num_inputs: int) -> WeightFormat:
+        """The format of a weight.
+
+        Args:
+            name: Of the weight or its layer, in the model or in a checkpoint.
+            num_inputs: K.
+        """
+        if self.bits == 4 and not _EIGHT_BIT_LAYERS.search(name):
             for group_size in reversed(GROUP_SIZES):
                 if group_size <= self.group_size and num_inputs % group_size == 0:
                     return WeightFormat(4, group_size)

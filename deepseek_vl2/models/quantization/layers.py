@@ -81,7 +81,7 @@ class QuantizedExperts(SortedExperts):
         self.formats: dict[str, WeightFormat] = {}
         for name in EXPERT_WEIGHTS:
             _, num_outputs, num_inputs = shape = tuple(getattr(experts, name).shape)
-            weight_format = config.choose_format(num_inputs)
+            weight_format = config.choose_format(name, num_inputs)
             weight, scales = packing.empty_weight(num_outputs, num_inputs, weight_format, (self.num_experts,))
             self.register_buffer(name, weight)
             self.register_buffer(name + SCALES, scales)
@@ -126,7 +126,7 @@ def replace_layers(model: Any, config: WeightOnlyConfig) -> None:
             for weight in EXPERT_WEIGHTS:
                 by_format[experts.format_of(weight)].append(f"{name}.{weight}")
         elif isinstance(module, nn.Linear) and name not in tied and not is_exact(name):
-            weight_format = config.choose_format(module.in_features)
+            weight_format = config.choose_format(name, module.in_features)
             model.set_submodule(name, QuantizedLinear(module, weight_format))
             by_format[weight_format].append(name)
     for weight_format, names in by_format.items():

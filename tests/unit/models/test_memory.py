@@ -17,22 +17,29 @@ def test_bytes_of_nano():
     assert 0.28 * held < checkpoint_bytes(nano.path(), "int4") < 0.45 * held
 
 
-@pytest.mark.parametrize(
-    ("available", "message"),
-    [
-        (7_000_000, r"they take 11\.\d MB as bfloat16, 7\.0 MB are available; would fit: int8 \(6\.\d MB\), int4 \("),
-        (5_500_000, r"would fit: int4 \(4\.\d MB\)$"),
-        (1_000_000, "no quantisation would fit; take a smaller model"),
-    ],
-)
-def test_too_little_memory_is_said_with_what_would_fit(monkeypatch, available, message):
-    monkeypatch.setattr(memory, "available_bytes", lambda: available)
-    with pytest.raises(ValueError, match=message):
-        check_memory(nano.path())
+def megabytes(size):
+    return f"{size / 1e6:.1f} MB"
+
+
+def test_too_little_memory_is_said_with_what_would_fit(monkeypatch):
+    whole, int8, int4 = (checkpoint_bytes(nano.path(), kind) for kind in (None, "int8", "int4"))
+    fits_int8 = f"int8 ({megabytes(int8)})"
+    fits_int4 = f"int4 ({megabytes(int4)})"
+    for available, way_out in (
+        (whole - 1, f"would fit: {fits_int8}, {fits_int4}"),
+        (int8 - 1, f"would fit: {fits_int4}"),
+        (int4 - 1, "no quantisation would fit; take a smaller model"),
+    ):
+        monkeypatch.setattr(memory, "available_bytes", lambda available=available: available)
+        with pytest.raises(ValueError, match="not enough memory") as caught:
+            check_memory(nano.path())
+        assert str(caught.value).endswith(
+            f"they take {megabytes(whole)} as bfloat16, {megabytes(available)} are available; {way_out}"
+        )
 
 
 def test_enough_memory_passes(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 7_000_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: checkpoint_bytes(nano.path(), "int8"))
     check_memory(nano.path(), "int8")
 
 

@@ -117,8 +117,30 @@ def test_other_blocks_of_rows_and_back(leading):
         (4, 32, 48, INT8),
     ],
 )
-def test_format_of_a_layer(bits, group_size, num_inputs, expected):
-    assert WeightOnlyConfig(bits, group_size).choose_format(num_inputs) == expected
+def test_format_of_a_width(bits, group_size, num_inputs, expected):
+    assert WeightOnlyConfig(bits, group_size).choose_format("lm_head", num_inputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("language.model.layers.3.self_attn.o_proj", 8),
+        ("language.model.layers.3.self_attn.o_proj.weight", 8),
+        ("language.model.layers.3.self_attn.q_proj", 4),
+        ("language.model.layers.0.mlp.down_proj.weight", 8),
+        ("model.layers.0.mlp.gate_proj", 8),
+        ("language.model.layers.1.mlp.shared_experts.gate_proj", 4),
+        ("language.model.layers.1.mlp.experts.gate_up_proj", 4),
+        ("language.model.layers.1.mlp.experts.7.down_proj.weight", 4),
+        ("projector.layers.0", 8),
+        ("vision.blocks.0.mlp.fc1", 4),
+        ("vision.blocks.0.attn.proj", 4),
+        ("language.lm_head.weight", 4),
+    ],
+)
+def test_bits_of_a_layer(name, bits):
+    assert WeightOnlyConfig(4).choose_format(name, 1280).bits == bits
+    assert WeightOnlyConfig(8).choose_format(name, 1280).bits == 8
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_each_chosen_expert_is_read_once_and_no_other(config, monkeypatch):
 @torch.no_grad()
 def test_linear_equals_the_linear_of_its_values(config, has_bias):
     linear = torch.nn.Linear(96, 40, bias=has_bias)
-    quantized = QuantizedLinear(linear, config.choose_format(96))
+    quantized = QuantizedLinear(linear, config.choose_format("linear", 96))
     fill(quantized, "weight", linear.weight)
     inputs = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(0))
     expected = F.linear(inputs, values_of(quantized, "weight"), linear.bias)
@@ -118,7 +118,7 @@ def test_linear_equals_the_linear_of_its_values(config, has_bias):
 
 def test_gradients_are_refused_in_training_only(config):
     linear = torch.nn.Linear(96, 40)
-    quantized = QuantizedLinear(linear, config.choose_format(96))
+    quantized = QuantizedLinear(linear, config.choose_format("linear", 96))
     fill(quantized, "weight", linear.weight)
     inputs = torch.randn(2, 96, requires_grad=True)
     quantized.eval()(inputs)
