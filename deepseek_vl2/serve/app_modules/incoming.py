@@ -3,7 +3,9 @@
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import FileData
 from gradio_client.utils import is_http_url_like
+from pydantic import ValidationError
 
 from deepseek_vl2.serve.app_modules.texts import UserError
 
@@ -66,6 +68,8 @@ def as_message(value: Any) -> dict[str, Any] | None:
 
 def _is_file(value: Any) -> bool:
     """Tell whether it is what gradio's clients make of a file."""
-    if not isinstance(value, dict) or not isinstance(value.get("path"), str):
+    try:
+        FileData.model_validate(value, context={"validate_meta": True})
+    except ValidationError:
         return False
-    return isinstance(value.get("meta"), dict) and value["meta"].get("_type") == "gradio.FileData"
+    return True

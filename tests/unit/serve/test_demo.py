@@ -215,7 +215,8 @@ def test_messages_are_texts_or_have_texts_and_files():
     assert as_message(None) is None
     assert as_message("hello") == {"text": "hello", "files": []}
     assert as_message({"text": None, "files": [upload]}) == {"text": "", "files": [upload]}
-    for bad in (5, ["hello"], {"text": 5}, {"files": "a.png"}, {"files": ["a.png"]}, {"files": [{"path": "a.png"}]}):
+    bad_files = ("a.png", ["a.png"], [{"path": "a.png"}], [upload | {"size": "large"}], [upload | {"path": 5}])
+    for bad in (5, ["hello"], {"text": 5}, *({"files": files} for files in bad_files)):
         with pytest.raises(ValueError, match=r"message is .*; it must be a text, or an object with text and files\."):
             as_message(bad)
 
