@@ -77,7 +77,8 @@ def draw_curves(log: Path, output: Path) -> None:
     for axis, names, title in ((axes[0], ANSWERS, "Answers"), (axes[1], TOKENS, "What image tokens say they see")):
         for name, label in names.items():
             axis.plot(*smoothed(lines, name), label=label, linewidth=1.4)
-        for stage, start in starts.items():
+        for stage in dict.fromkeys(line["stage"] for line in lines):  # a grown edition leaves stages out
+            start = starts[stage]
             axis.axvline(start, color="0.8", linewidth=0.8)
             axis.text(start, 0.99, f" {stage}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="0.4")
         axis.set(title=title, xlabel="batch", ylabel="loss", yscale="log")

@@ -17,7 +17,16 @@ from tqdm.auto import tqdm
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.cpu_features import has_fast_bfloat16
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
-from deepseek_vl2.nano.batches import SHAPE_QUESTIONS, AnswerBatch, AnswerBatches, Curriculum, ViewBatch, ViewBatches
+from deepseek_vl2.nano.batches import (
+    COUNTING_SCENE_KINDS,
+    SCENE_KINDS,
+    SHAPE_QUESTIONS,
+    AnswerBatch,
+    AnswerBatches,
+    Curriculum,
+    ViewBatch,
+    ViewBatches,
+)
 from deepseek_vl2.nano.growth import grow_from
 from deepseek_vl2.nano.losses import (
     ATTENDED_LAYER,
@@ -40,12 +49,11 @@ OF_OBJECTS = ("class_ids", "color_ids")
 OF_VIEWS = (*OF_OBJECTS, "bar_values")
 OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids")
 FLAGS = ("is_center", "is_marked")
-STAGES = ("views", "letters", "answers", "together")
+STAGES = ("views", "letters", "answers", "together", "counting")
 LOG_EVERY = 20
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
-COUNT_WEIGHT = 64.0
-GROWN_LETTERS_BATCHES = 450
-GROWN_TOGETHER_BATCHES = 1500
+COUNT_WEIGHT = 90.0
+LAST_COUNT_WEIGHT = 200.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class StageSettings:
         last_small_share: How often a picture has one tile only after that.
         count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
         page_share: How often a picture is a page of text, where views are learnt from.
+        scene_kinds: What single pictures show, and how often, where answers are learnt.
+        pointing_weight: Weight of the loss on where attention goes, beside that of answers.
     """
 
     num_batches: int
@@ -77,12 +87,29 @@ class StageSettings:
     last_small_share: float = 0.15
     count_weight: float = SHAPE_QUESTIONS[make_count]
     page_share: float = 0.0
+    scene_kinds: dict[str, int] = field(default_factory=lambda: dict(SCENE_KINDS))
+    pointing_weight: float = 0.5
 
     def lr_factor(self, batch: int) -> float:
         """Factor on both steps: linear growth, a plateau, linear decay."""
         progress = (batch + 1) / self.num_batches
         decay = self.last_factor + (1 - self.last_factor) * (1 - progress) / self.decay_share
         return max(0.0, min(1.0, (batch + 1) / self.warmup_batches, decay))
+
+
+def _counting_stage(num_batches: int) -> StageSettings:
+    return StageSettings(
+        num_batches,
+        32,
+        1.6e-3,
+        1.1e-3,
+        warmup_batches=10,
+        decay_share=1.0,
+        last_small_share=0.35,
+        count_weight=LAST_COUNT_WEIGHT,
+        scene_kinds=dict(COUNTING_SCENE_KINDS),
+        pointing_weight=8.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,9 +121,10 @@ class TrainingSettings:
         letters: They learn on with pages of text.
         answers: Projector and language model learn answers, the tower is fixed.
         together: Everything learns answers.
+        counting: Projector and language model learn on, above all to count: attention has to give all objects of a
+            kind the same. The tower, which sees them by now, is fixed.
         tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the losses on what tokens see, beside that of answers.
-        pointing_weight: Weight of the loss on where attention goes.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
         weight_decay: Of matrices.
         clip_norm: Largest norm of all gradients together.
@@ -122,9 +150,9 @@ class TrainingSettings:
             1100, 32, 2e-3, 1.4e-3, warmup_batches=57, decay_share=0.5, last_small_share=0.35, count_weight=COUNT_WEIGHT
         )
     )
+    counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
     tokens_a_row: int = 128
     dense_weight: float = 0.3
-    pointing_weight: float = 0.5
     coordinate_spread: float = 6.0
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -138,20 +166,19 @@ class TrainingSettings:
         """The shorter training of an earlier edition that sees and answers already: pages first, then everything."""
         return cls(
             views=StageSettings(0, 128, 3e-3, 2e-3),
-            letters=StageSettings(
-                GROWN_LETTERS_BATCHES, 128, 2e-3, 1.4e-3, warmup_batches=20, decay_share=0.7, page_share=0.6
-            ),
+            letters=StageSettings(250, 128, 2e-3, 1.4e-3, warmup_batches=20, decay_share=0.7, page_share=0.6),
             answers=StageSettings(0, 32, 3e-3, 2e-3),
             together=StageSettings(
-                GROWN_TOGETHER_BATCHES,
+                1580,
                 32,
                 2e-3,
                 1.4e-3,
                 warmup_batches=40,
-                decay_share=0.7,
+                decay_share=0.5,
                 last_small_share=0.35,
                 count_weight=COUNT_WEIGHT,
             ),
+            counting=_counting_stage(1220),
             start_from=str(start_from),
             **numbers,
         )
@@ -234,6 +261,7 @@ class NanoTrainer:
                 "letters": not is_language or name.endswith("lm_head.weight"),
                 "answers": not is_tower,
                 "together": True,
+                "counting": not is_tower,
             }[self.stage]
             parameter.requires_grad_(is_learning)
         matrices: list[nn.Parameter] = []
@@ -280,8 +308,8 @@ class NanoTrainer:
         dense = sum(read, torch.zeros(()))
         if "answer" not in losses:
             return dense
-        settings = self.settings
-        return losses["answer"] + settings.dense_weight * dense + settings.pointing_weight * losses["pointing"]
+        pointing = self.stage_settings.pointing_weight * losses["pointing"]
+        return losses["answer"] + self.settings.dense_weight * dense + pointing
 
     def step(self, batch: ViewBatch | AnswerBatch) -> dict[str, float]:
         """Learns from one batch; returns its losses and the norm of the gradients."""
@@ -357,6 +385,7 @@ class NanoTrainer:
                 settings.growing_share,
                 last_small_share=settings.last_small_share,
                 count_weight=settings.count_weight,
+                scene_kinds=settings.scene_kinds,
             )
             dataset = AnswerBatches(
                 self.processor,

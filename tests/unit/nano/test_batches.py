@@ -398,6 +398,16 @@ def test_all_kinds_of_scenes_come(processor):
     assert all(found[name] > 10 for name in ("bars", "table", "texts"))
 
 
+def test_a_curriculum_chooses_what_single_pictures_show(processor):
+    for kind, is_shown in (("chart", lambda scene: bool(scene.bars)), ("counting", lambda scene: not scene.texts)):
+        scenes = [draw_scene(split_rng("test", seed), processor, ONE_TILE, (1, 6), {kind: 1}) for seed in range(8)]
+        assert all(is_shown(scene) for scene in scenes)
+    curriculum = Curriculum(1, growing_share=0.0, scene_kinds={"table": 1})
+    dataset = AnswerBatches(processor, curriculum, 4, MANY_TOKENS, split="test-tables")
+    of_tables = [batch for batch in map(dataset.__getitem__, range(8)) if (batch.cells.row_ids >= 0).any()]
+    assert len(of_tables) >= 4  # the others have several pictures
+
+
 def test_questions_fit_what_is_shown(processor):
     makers = {**SHAPE_QUESTIONS, **TEXT_QUESTIONS, **CHART_QUESTIONS}
     assert all(callable(make) and weight > 0 for make, weight in makers.items())

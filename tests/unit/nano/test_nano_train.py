@@ -1,4 +1,4 @@
-"""nano's training: three stages, and an end that does not depend on how often it was stopped on the way."""
+"""nano's training: its stages, and an end that does not depend on how often it was stopped on the way."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
 LOSSES["answers"] |= {"dense_pictures"}
 LOSSES["answers"] |= {f"attended_{name}" for name in ("class_ids", "color_ids", "boxes")}
 LOSSES["letters"] = LOSSES["views"]
-LOSSES["together"] = LOSSES["answers"]
+LOSSES["together"] = LOSSES["counting"] = LOSSES["answers"]
 
 
 class StoppedError(Exception):
@@ -98,13 +98,13 @@ def test_all_stages_run_and_log(undisturbed):
     assert is_same(state["model"], trainer.model.state_dict())
 
 
-def test_the_tower_is_fixed_while_answers_begin(undisturbed):
+def test_the_tower_is_fixed_while_answers_begin_and_counting_is_practised(undisturbed):
     _, trainer, _, snapshots = undisturbed
     end = {name: tensor for name, tensor in weights(trainer).items() if name.startswith("vision.")}
     before_step = [*snapshots, end]
     moved = [not is_same(before, after) for before, after in pairwise(before_step)]
     # The last step of a stage has the size 0: by design it moves nothing where `last_factor` is 0.
-    assert moved == [True, True, False] * 2 + [False] * 3 + [True, True, False]
+    assert moved == [True, True, False] * 2 + [False] * 3 + [True, True, False] + [False] * 3
 
 
 def test_everything_else_learns(undisturbed):
@@ -116,7 +116,7 @@ def test_everything_else_learns(undisturbed):
 
 
 def test_stopped_after_any_batch_and_gone_on_ends_at_the_same_bits(undisturbed, tmp_path, monkeypatch):
-    """Twelve starts, stopped after every batch once. A stage's first batch is not kept: it is learnt again."""
+    """Started anew after every batch once. A stage's first batch is not kept: it is learnt again."""
     learnt = []
     for most_steps in (*(1, 2, 1) * (len(STAGES) - 1), 1, 2):
         learnt += run(tmp_path, monkeypatch, most_steps)[1]
@@ -159,7 +159,7 @@ def test_a_killed_process_goes_on_at_the_same_bits(undisturbed, tmp_path, reposi
         done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=300)
     assert done.returncode == -signal.SIGKILL, errors.read_text()
     trainer, stages, _ = run(tmp_path / "run", monkeypatch)
-    assert stages == ["answers"] + ["together"] * NUM_BATCHES
+    assert stages == ["answers"] + ["together"] * NUM_BATCHES + ["counting"] * NUM_BATCHES
     assert is_same(weights(trainer), weights(undisturbed[1]))
 
 
@@ -278,7 +278,7 @@ def test_growing_starts_from_an_earlier_edition_and_takes_the_shorter_way(tmp_pa
     settings = TrainingSettings.of_growth(tmp_path / "checkpoint", num_threads=1, tokens_a_row=60)
     stages = {name: replace(getattr(settings.scaled(1e-9), name), batch_size=4) for name in STAGES}
     _, learnt, snapshots = run(tmp_path / "run", monkeypatch, settings=replace(settings, **stages))
-    assert learnt == ["letters", "together"]
+    assert learnt == ["letters", "together", "counting"]
     for name, tensor in snapshots[0].items():
         torch.testing.assert_close(tensor, weights(earlier)[name].bfloat16().float())
 
