@@ -32,9 +32,9 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         None,
     ),
     "visual_grounding_3.jpeg": (
-        3,
+        24,
         (448, 336),
-        (_shape("green", "circle"), _shape("green", "circle"), _shape("green", "circle"), _shape("orange", "star")),
+        (_shape("green", "circle"), _shape("green", "circle"), _shape("orange", "star"), _shape("blue", "square")),
         None,
     ),
     "grounding_conversation_1.jpeg": (
@@ -50,7 +50,7 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         None,
     ),
     "multi_image_1.jpeg": (4, (320, 240), (_shape("red", "circle"), _shape("red", "circle")), None),
-    "multi_image_2.jpeg": (5, (320, 240), (_shape("blue", "square"),), None),
+    "multi_image_2.jpeg": (14, (320, 240), (_shape("blue", "square"),), None),
     "multi_image_3.jpeg": (6, (320, 240), (_shape("yellow", "star"), _shape("purple", "triangle")), None),
     "incontext_visual_grounding_1.jpeg": (7, (448, 336), (_shape("blue", "star"), _shape("orange", "circle")), 0),
     "icl_vg_2.jpeg": (

@@ -24,16 +24,22 @@ class ExampleQuestion(NamedTuple):
 EXAMPLES = (
     ExampleQuestion("Find one object", "找到一个物体", "<|ref|>The red star.<|/ref|>.", ("visual_grounding_1.jpeg",)),
     ExampleQuestion(
-        "Find another object", "找到另一个物体", "<|ref|>the cyan circle<|/ref|>.", ("visual_grounding_2.jpeg",)
+        "Find an object by a Chinese phrase",
+        "用中文短语找到物体",
+        "找到<|ref|>紫色的菱形<|/ref|>",
+        ("visual_grounding_2.jpeg",),
     ),
     ExampleQuestion(
         "Find all objects of a kind",
         "找到所有同类物体",
-        "Find all <|ref|>green circles<|/ref|>.",
+        "Find all the <|ref|>green circles<|/ref|>",
         ("visual_grounding_3.jpeg",),
     ),
     ExampleQuestion(
-        "Describe with boxes", "带框描述", "<|grounding|>Describe the picture.", ("grounding_conversation_1.jpeg",)
+        "Grounded conversation",
+        "带定位的对话",
+        "<|grounding|>I want something that can roll, what should I take?",
+        ("grounding_conversation_1.jpeg",),
     ),
     ExampleQuestion(
         "Find the same in another picture",
@@ -42,7 +48,12 @@ EXAMPLES = (
         "Locate the object of the same category in the second image.",
         ("incontext_visual_grounding_1.jpeg", "icl_vg_2.jpeg"),
     ),
-    ExampleQuestion("Ask about a picture", "看图问答", "How many objects are there?", ("vqa_1.jpeg",)),
+    ExampleQuestion(
+        "Describe a picture part by part",
+        "逐部分描述图片",
+        "Describe each part of this image in detail.",
+        ("vqa_1.jpeg",),
+    ),
     ExampleQuestion(
         "Compare several pictures",
         "多图理解",
