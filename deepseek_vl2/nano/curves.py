@@ -68,17 +68,16 @@ def draw_curves(log: Path, output: Path) -> None:
 
     lines = read_log(log)
     starts, place = {}, 0
-    for stage in STAGES:
+    for stage in dict.fromkeys(line["stage"] for line in lines):  # a grown edition leaves stages out
         starts[stage] = place
-        place += max((line["batch"] for line in lines if line["stage"] == stage), default=0)
+        place += max(line["batch"] for line in lines if line["stage"] == stage)
     for line in lines:
         line["place"] = starts[line["stage"]] + line["batch"]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), sharex=True, layout="constrained")
     for axis, names, title in ((axes[0], ANSWERS, "Answers"), (axes[1], TOKENS, "What image tokens say they see")):
         for name, label in names.items():
             axis.plot(*smoothed(lines, name), label=label, linewidth=1.4)
-        for stage in dict.fromkeys(line["stage"] for line in lines):  # a grown edition leaves stages out
-            start = starts[stage]
+        for stage, start in starts.items():
             axis.axvline(start, color="0.8", linewidth=0.8)
             axis.text(start, 0.99, f" {stage}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="0.4")
         axis.set(title=title, xlabel="batch", ylabel="loss", yscale="log")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deepseek_vl2.evaluate.metrics import intersection_over_union
 from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.nano.examples import example_scene
 from deepseek_vl2.nano.questions import place_in_words, reading_order
@@ -34,14 +35,6 @@ def answer(repository):
     return ask
 
 
-def iou(first, second):
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    common = max(0, width) * max(0, height)
-    areas = ((box[2] - box[0]) * (box[3] - box[1]) for box in (first, second))
-    return common / (sum(areas) - common)
-
-
 def assert_boxes(example, text, wanted):
     """The answer's boxes are those of the objects of the example's last picture that are wanted, each once."""
     scene = example_scene(example.pictures[-1])
@@ -49,7 +42,7 @@ def assert_boxes(example, text, wanted):
     found = [box.to_pixels(*scene.size) for box in read_grounding(text).boxes]
     assert len(found) == len(items) > 0, text
     for item in items:
-        assert max(iou(box, item.box) for box in found) >= LEAST_IOU, text
+        assert max(intersection_over_union(box, item.box) for box in found) >= LEAST_IOU, text
 
 
 def test_there_is_one_for_each_ability():
