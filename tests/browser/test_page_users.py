@@ -21,10 +21,10 @@ def test_two_browsers_have_their_own_pictures_and_conversations(visit, images):
     assert sources[0] != sources[1]
 
 
-def test_those_who_wait_see_their_place_and_can_stop(visit, demo, slow_model):
+def test_those_who_wait_see_their_place_and_can_stop(visit, demo, slow_model, images):
     slow_model(token=0.4)
     first, second, third = visit(), visit(), visit()
-    first.send(DESCRIBE)
+    first.send(DESCRIBE, images / "visual_grounding_1.jpeg")  # a long answer
     wait_until(lambda: demo.engine.num_running == 1)
     second.send("What is it?")
     second.page.get_by_text("Waiting: you are next.").wait_for()
@@ -70,11 +70,11 @@ def test_stop_during_decode_keeps_what_was_said(visit, demo, slow_model, images)
     visitor.ask("How many objects are there?")
 
 
-def test_a_closed_tab_ends_its_answer(visit, demo, slow_model):
+def test_a_closed_tab_ends_its_answer(visit, demo, slow_model, images):
     slow_model(token=1.0)
     leaving, staying = visit(), visit()
     num_sessions = len(demo.sessions)
-    leaving.send(DESCRIBE)
+    leaving.send(DESCRIBE, images / "visual_grounding_1.jpeg")  # a long answer
     wait_until(lambda: demo.engine.num_running == 1)
     staying.send("How many objects are there?")
     wait_until(lambda: demo.engine.num_waiting == 1)
@@ -86,13 +86,20 @@ def test_a_closed_tab_ends_its_answer(visit, demo, slow_model):
 
 
 def test_what_was_made_for_a_user_goes_with_the_user(visit, demo, served_folder, images):
-    made = set(served_folder.rglob("boxes_*.jpg"))
-    visitor = visit()
-    for count in range(1, 3):
+    made_before = set(served_folder.rglob("boxes_*.jpg"))
+
+    def ask_for_a_box(visitor):
+        known = set(served_folder.rglob("boxes_*.jpg"))
         visitor.ask(WHERE, images / "visual_grounding_1.jpeg")
-        assert len(set(served_folder.rglob("boxes_*.jpg")) - made) == count
-    visitor.page.close()
-    wait_until(lambda: not set(served_folder.rglob("boxes_*.jpg")) - made)
+        made = set(served_folder.rglob("boxes_*.jpg")) - known
+        assert len(made) == 1
+        return made
+
+    leaving, staying = visit(), visit()
+    of_leaving, of_staying = ask_for_a_box(leaving), ask_for_a_box(staying)
+    leaving.page.close()
+    wait_until(lambda: not any(path.exists() for path in of_leaving))
+    assert set(served_folder.rglob("boxes_*.jpg")) - made_before == of_staying
 
 
 def test_a_reload_in_mid_answer_begins_anew(visit, demo, slow_model, images):
