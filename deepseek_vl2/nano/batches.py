@@ -21,7 +21,15 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, choose_grid
 from deepseek_vl2.nano import questions
 from deepseek_vl2.nano.layouts import chart_scene, page_scene, table_cells, table_scene, text_scene
-from deepseek_vl2.nano.questions import MAX_COUNT, Example, Piece, Target, counting_scene, split_rng
+from deepseek_vl2.nano.questions import (
+    MAX_COUNT,
+    Example,
+    Piece,
+    Target,
+    counting_scene,
+    num_new_pictures,
+    split_rng,
+)
 from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
 from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
 from deepseek_vl2.nano.targets import Cells, cells_and_letters, cells_of, join_cells
@@ -37,8 +45,10 @@ LARGER_GRID_WEIGHTS = (1, 1, 3)
 SCENE_KINDS = {"shapes": 36, "counting": 28, "text": 15, "table": 13, "chart": 8}
 # The same where counting is practised in the end; the rest is there not to be forgotten.
 COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "chart": 4}
+# The same where a second picture comes later in a conversation.
+LATER_SCENE_KINDS = {"shapes": 60, "counting": 30, "chart": 10}
 # How many pictures a batch's rows have, and how often.
-NUM_PICTURES = {1: 80, 2: 5, 3: 15}
+NUM_PICTURES = {1: 76, 2: 10, 3: 14}
 # How often each question is asked of shapes, beside a description once in a while.
 Make = Callable[[random.Random, Scene], Example | None]
 SHAPE_QUESTIONS: Mapping[Make, float] = {
@@ -62,6 +72,11 @@ TEXT_QUESTIONS: Mapping[Make, float] = {
 CHART_QUESTIONS: Mapping[Make, float] = {questions.make_bar: 80, questions.make_locate: 10}
 DESCRIBE_PROBABILITY = 0.25
 MAX_QUESTIONS = 9
+# How often a question comes after others about the same picture, and after how many.
+LATER_PROBABILITY = 0.35
+NUM_EARLIER = {1: 7, 2: 3}
+# Of rows of two pictures: how often the second picture comes later in a conversation.
+LATER_PICTURE_PROBABILITY = 0.5
 NUMBERED_PROBABILITY = 0.6
 # Of shapes alone: how often they are small, and how often one is marked.
 SMALL_PROBABILITY = 0.15
@@ -345,6 +360,8 @@ class AnswerBatches(Dataset[AnswerBatch]):
         if len(grids) == 1:
             scene = draw_scene(rng, self.processor, grids[0], num_objects, self.curriculum.scene_kinds)
             return [scene], ask(rng, scene, count_weight=self.curriculum.count_weight)
+        if len(grids) == 2 and rng.random() < LATER_PICTURE_PROBABILITY:
+            return self._ask_later(rng, grids, num_objects)
         scenes: Sequence[Scene]
         sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
         if len(grids) == 2:
@@ -357,14 +374,27 @@ class AnswerBatches(Dataset[AnswerBatch]):
         return scenes, [example for example in found if example is not None]
 
 
+    def _ask_later(
+        self, rng: random.Random, grids: Sequence[TileGrid], num_objects: tuple[int, int]
+    ) -> tuple[Sequence[Scene], Iterable[Example]]:
+        """Draws two pictures, a question about the first one, and after it some about the second one."""
+        first, second = (draw_scene(rng, self.processor, grid, num_objects, LATER_SCENE_KINDS) for grid in grids)
+        opening = next(iter(ask(rng, first)), None)
+        if opening is None:
+            return [first, second], []
+        asked = ask(rng, second, count_weight=self.curriculum.count_weight)
+        return [first, second], [own.about_a_further_picture(opening) for own in asked if not own.history]
+
+
 def ask(
     rng: random.Random,
     scene: Scene,
     num_questions: int = MAX_QUESTIONS,
     count_weight: float = SHAPE_QUESTIONS[questions.make_count],
 ) -> Iterator[Example]:
-    """Asks a scene several questions, leaving out those that do not fit it."""
+    """Asks a scene several questions, some of them after earlier ones, leaving out those that do not fit it."""
     weights: Mapping[Make, float]
+    earlier: list[Example] = []
     if scene.bars:
         weights = CHART_QUESTIONS
     elif table_cells(scene):
@@ -375,6 +405,7 @@ def ask(
         if not scene.texts and rng.random() < DESCRIBE_PROBABILITY:
             example = questions.make_describe(rng, scene)
             if example is not None:
+                earlier.append(example)
                 yield example
     for make in rng.choices(list(weights), list(weights.values()), k=num_questions):
         if make is questions.make_count:
@@ -382,8 +413,14 @@ def ask(
             example = questions.make_count(rng, scene, questions.wanted_count(rng)) or questions.make_count(rng, scene)
         else:
             example = make(rng, scene)
-        if example is not None:
-            yield example
+        if example is None:
+            continue
+        if earlier and not example.history and rng.random() < LATER_PROBABILITY:
+            (number,) = rng.choices(list(NUM_EARLIER), list(NUM_EARLIER.values()))
+            example = example.after(*rng.sample(earlier, min(number, len(earlier))))
+        if not example.history:
+            earlier.append(example)
+        yield example
 
 
 @lru_cache
@@ -462,13 +499,17 @@ def encode_row(
     Args:
         processor: nano's processor.
         scenes: The pictures.
-        examples: The questions; those are left out that do not fit behind the ones before them.
+        examples: The questions; those are left out that do not fit behind the ones before them. Where pictures come
+            later in a conversation, all have the same turns before the last picture, which are no part of the answers
+            to learn.
         max_tokens: Most tokens of questions and answers.
         is_numbered: Whether the pictures are introduced by number, see `beginning_of`.
     """
-    text = f"{USER}: {beginning_of(len(scenes), is_numbered)}"
+    examples = list(examples)
+    opening = _turns_before_the_last_picture(examples)
     pictures = [scene.draw() for scene in scenes]
     is_tiled = len(scenes) <= MAX_TILED_IMAGES
+    text = _beginning_in_words(processor, scenes, opening, is_numbered)
     beginning = processor.tokenize_with_images(text, pictures, bos=True, eos=False, cropping=is_tiled)
     grids = [TileGrid(*grid) for grid in beginning.images_spatial_crop]
     row_cells = RowCells(processor, scenes, grids)
@@ -481,7 +522,8 @@ def encode_row(
     pointings: list[Pointing] = []
     segment = question = 0
     for example in examples:
-        turns = [_encode_turn(processor, turn, is_first=number == 0) for number, turn in enumerate(example.turns)]
+        own_turns = example.turns[len(opening) :]
+        turns = [_encode_turn(processor, turn, is_first=number == 0) for number, turn in enumerate(own_turns)]
         num_tokens = sum(len(asked) + len(answer) for asked, answer, _ in turns)
         if len(input_ids) - first + num_tokens > max_tokens:
             continue
@@ -520,6 +562,30 @@ def encode_row(
         "cell_positions": spans,
         "pointings": pointings,
     }
+
+
+def _turns_before_the_last_picture(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """The turns that all conversations of a row begin with."""
+    found = set()
+    for example in examples:
+        new = num_new_pictures(example.turns)
+        found.add(example.turns[: max(number for number, count in enumerate(new) if count)])
+    if len(found) > 1:
+        raise ValueError(f"conversations of one row have {len(found)} different beginnings")
+    return found.pop() if found else ()
+
+
+def _beginning_in_words(
+    processor: DeepseekVLV2Processor, scenes: Sequence[Scene], opening: Sequence[Example], is_numbered: bool
+) -> str:
+    """The text of a row up to its last picture."""
+    parts = []
+    for turn, new in zip(opening, num_new_pictures(opening), strict=True):
+        marks = f"{beginning_of(new)}\n" if new else ""
+        end = processor.tokenizer.eos_token
+        parts.append(f"{USER}: {marks}{turn.question}\n\n{ASSISTANT}:{turn.answer}{end}")
+    num_shown = len(opening[-1].scenes) if opening else 0
+    return "".join(parts) + f"{USER}: {beginning_of(len(scenes) - num_shown, is_numbered)}"
 
 
 def _encode_turn(

@@ -17,7 +17,7 @@ from deepseek_vl2.evaluate.__main__ import RESULTS_FILE
 from deepseek_vl2.evaluate.__main__ import main as run_evaluation
 from deepseek_vl2.evaluate.judges import plain_answer
 from deepseek_vl2.models.special_tokens import ASSISTANT, USER
-from deepseek_vl2.nano.questions import Example
+from deepseek_vl2.nano.questions import Example, num_new_pictures
 from deepseek_vl2.nano.several import beginning_of
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
 from deepseek_vl2.utils.errors import USER_ERRORS, run_command
@@ -32,18 +32,22 @@ UNTILED_TITLE = "the same with the global view alone"
 TABLE_START, TABLE_END = "<!-- nano-accuracy -->", "<!-- /nano-accuracy -->"
 
 
-def messages_of(example: Example, is_numbered: bool = False) -> list[dict[str, Any]]:
-    """The conversation of an example, its answer last, without pictures.
+def messages_of(example: Example, pictures: Sequence[str], is_numbered: bool = False) -> list[dict[str, Any]]:
+    """The conversation of an example, its answer last.
 
     Args:
         example: The question.
+        pictures: Where its pictures are.
         is_numbered: Whether several pictures are introduced by number, see `beginning_of`.
     """
     messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(example.turns):
-        beginning = "" if number else beginning_of(len(example.scenes), is_numbered) + "\n"
-        messages.append({"role": USER, "content": beginning + turn.question})
-        messages.append({"role": ASSISTANT, "content": turn.answer})
+    left = list(pictures)
+    for turn, num_new in zip(example.turns, num_new_pictures(example.turns), strict=True):
+        message: dict[str, Any] = {"role": USER, "content": turn.question}
+        if num_new:
+            message["content"] = f"{beginning_of(num_new, is_numbered)}\n{turn.question}"
+            message["images"], left = left[:num_new], left[num_new:]
+        messages += [message, {"role": ASSISTANT, "content": turn.answer}]
     return messages
 
 
@@ -63,8 +67,7 @@ def write_examples(examples: Iterable[Example], folder: Path) -> Path:
                 names.append(f"pictures/{index:06d}_{number}.png")
                 scene.draw().save(folder / names[-1])
             # Three pictures are introduced by number half of the time.
-            messages = messages_of(example, is_numbered=len(names) > 2 and index % 2 == 0)
-            messages[0]["images"] = names
+            messages = messages_of(example, names, is_numbered=len(names) > 2 and index % 2 == 0)
             record: dict[str, Any] = {"id": f"{example.task}-{index}", "conversations": messages}
             # As the evaluation reads answers: without a full stop at the end.
             record["answer"] = plain_answer(example.answer)

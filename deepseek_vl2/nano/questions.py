@@ -6,8 +6,8 @@ has no fit question. A question never leaves open which object it means.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
 from deepseek_vl2.models.special_tokens import DET_END, DET_START, REF_END, REF_START
@@ -61,7 +61,7 @@ class Example:
         question: Text of the user, without image marks.
         pieces: The answer in parts.
         boxes: The boxes of the answer in pixels of the last picture, x1, y1, x2, y2; empty where the answer holds none.
-        scenes: The pictures.
+        scenes: The pictures, those of earlier questions first.
         history: Earlier questions of the same conversation.
     """
 
@@ -81,6 +81,27 @@ class Example:
     def turns(self) -> tuple["Example", ...]:
         """The conversation: the earlier questions, then this one."""
         return (*self.history, self)
+
+    def after(self, *history: "Example") -> "Example":
+        """The same question later in a conversation about the same pictures."""
+        return replace(self, history=history)
+
+    def about_a_further_picture(self, *history: "Example") -> "Example":
+        """The same question in a conversation about other pictures, to which its own are added only now."""
+        earlier = history[-1].scenes
+        pieces = tuple(
+            piece._replace(
+                targets=tuple(target._replace(picture=target.picture + len(earlier)) for target in piece.targets)
+            )
+            for piece in self.pieces
+        )
+        return replace(self, pieces=pieces, scenes=(*earlier, *self.scenes), history=history)
+
+
+def num_new_pictures(turns: Sequence[Example]) -> list[int]:
+    """How many pictures come with each turn of a conversation."""
+    shown = [0, *(len(turn.scenes) for turn in turns)]
+    return [after - before for before, after in pairwise(shown)]
 
 
 def split_rng(split: str, index: int) -> random.Random:

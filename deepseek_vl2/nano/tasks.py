@@ -49,6 +49,29 @@ def _draw_follow_up(rng: random.Random) -> Example | None:
     return None if example is None or example.boxes else example
 
 
+# What conversations begin with before an object is asked for.
+_OPENINGS = (
+    questions.make_locate,
+    questions.make_locate_zh,
+    questions.make_count,
+    questions.make_color,
+    questions.make_shape,
+    questions.make_describe,
+)
+
+
+def _draw_second_question(rng: random.Random) -> Example | None:
+    scene = random_scene(rng)
+    first, second = rng.choice(_OPENINGS)(rng, scene), questions.make_locate(rng, scene)
+    return second.after(first) if first and second and first.question != second.question else None
+
+
+def _draw_second_picture(rng: random.Random) -> Example | None:
+    first = rng.choice(_OPENINGS)(rng, random_scene(rng))
+    second = questions.make_locate(rng, random_scene(rng))
+    return second.about_a_further_picture(first) if first and second else None
+
+
 def _large_reading_scene(rng: random.Random, kind: str) -> Scene:
     """A scene with a text in a picture that is cut into tiles and is not much wider than high, or the reverse."""
     while True:
@@ -103,6 +126,10 @@ TASKS: Mapping[str, NanoTask] = MappingProxyType(
             "exact_match",
         ),
         "follow_up": NanoTask("a second question about the same object", _draw_follow_up, "exact_match"),
+        "second_question": NanoTask("one object, after another question", _draw_second_question, "refcoco"),
+        "second_picture": NanoTask(
+            "one object, in a picture that comes after a question about another", _draw_second_picture, "refcoco"
+        ),
     }
 )
 

@@ -93,6 +93,11 @@ def row_of(kind, processor):
         draw, make = (lambda rng: random_scene(rng, size=(224, 112), num_objects=(2, 3))), questions.make_follow_up
         scene, examples = some(make, rng, draw, 3)
         return [scene], examples, False
+    if kind == "later":
+        first = random_scene(rng, size=(100, 112), num_objects=(2, 3))
+        opening = questions.make_describe(rng, first)
+        second, examples = some(questions.make_locate, rng, lambda rng: random_scene(rng, size=(224, 224)), 3)
+        return [first, second], [example.about_a_further_picture(opening) for example in examples], False
     if kind == "two":
         # The first one is one tile, the second has four.
         scenes, examples = some(
@@ -140,17 +145,19 @@ def test_a_batch_is_the_same_each_time_and_unlike_its_neighbour(processor):
     assert not is_same(answer_batches(processor)[0], answer_batches(processor, split="other")[0])
 
 
-@pytest.mark.parametrize("kind", [*ALL_GRIDS, "history", "two", "three", "numbered"], ids=str)
+@pytest.mark.parametrize("kind", [*ALL_GRIDS, "history", "later", "two", "three", "numbered"], ids=str)
 def test_a_packed_row_is_each_conversation_alone(processor, model, kind):
     scenes, examples, is_numbered = row_of(kind, processor)
     batch = collate([encode_row(processor, scenes, examples, MANY_TOKENS, is_numbered)], processor.pad_id)
     packed, segments = logits_of(model, batch)[0], batch.segments[0]
     assert int(segments.max()) == len(examples) > 1
     for number, example in enumerate(examples, start=1):
-        beginning = NUMBERED if is_numbered else BEGINNINGS[len(scenes)]
+        beginnings = [f"{NUMBERED if is_numbered else BEGINNINGS[len(scenes)]}\n", ""]
+        if kind == "later":
+            beginnings = [f"{IMAGE}\n"] * 2
         messages = []
-        for turn in (*example.history, example):
-            content = turn.question if messages else f"{beginning}\n{turn.question}"
+        for turn, beginning in zip((*example.history, example), beginnings, strict=False):
+            content = f"{beginning}{turn.question}"
             messages += [{"role": USER, "content": content}, {"role": ASSISTANT, "content": turn.answer}]
         pictures = [scene.draw() for scene in scenes]
         alone = processor.process_one(conversations=messages, images=pictures, inference_mode=False)
@@ -167,7 +174,7 @@ def test_a_packed_row_is_each_conversation_alone(processor, model, kind):
         assert expected.std(dim=0).mean() > 0.01  # positions differ, so that the comparison says something
 
 
-@pytest.mark.parametrize("kind", ["history", "two", "numbered"])
+@pytest.mark.parametrize("kind", ["history", "later", "two", "numbered"])
 def test_nothing_leaks_between_conversations_or_into_the_pictures(processor, model, kind):
     scenes, examples, is_numbered = row_of(kind, processor)
     batch = collate([encode_row(processor, scenes, examples, MANY_TOKENS, is_numbered)], processor.pad_id)
@@ -362,9 +369,10 @@ def test_attention_is_told_to_go_where_the_next_token_is_seen(processor, monkeyp
     assert compared - {"other"} >= expected
 
 
-def test_cells_of_several_pictures_follow_each_other(processor):
+@pytest.mark.parametrize("kind", ["two", "later"])
+def test_cells_of_several_pictures_follow_each_other(processor, kind):
     """The picture's tokens are runs in the text: cells lie in the run of their own picture as they do alone."""
-    scenes, examples, _ = row_of("two", processor)
+    scenes, examples, _ = row_of(kind, processor)
     row = encode_row(processor, scenes, examples, MANY_TOKENS)
     mask = np.array([False, *row["images_seq_mask"]], int)
     starts = np.flatnonzero(np.diff(mask) == 1).tolist()
@@ -424,7 +432,44 @@ def test_questions_fit_what_is_shown(processor):
     assert tasks["text"] >= {"word", "number", "read_all"}
     # Every ability is practised: small objects are asked by the shape, several pictures have questions of their own.
     practised = set().union(*tasks.values()) | {"in_context", "compare", "small"}
-    assert practised == set(TASKS)
+    assert practised == set(TASKS) - {"second_question", "second_picture"}
+
+
+def test_some_questions_come_after_others_about_the_picture(processor):
+    rng = split_rng("test-later", 0)
+    pairs, lengths = set(), []
+    for _ in range(60):
+        scene = random_scene(rng, num_objects=(2, 4))
+        for example in ask(rng, scene):
+            lengths.append(len(example.history))
+            assert all(turn.scenes == (scene,) and not turn.history for turn in example.turns[:-1])
+            pairs.update((earlier.task, example.task) for earlier in example.history)
+    assert set(lengths) == {0, 1, 2}
+    assert 0.2 < sum(length > 0 for length in lengths) / len(lengths) < 0.5
+    assert {("locate", "count"), ("count", "locate"), ("locate", "locate_zh")} <= pairs
+    assert "describe" in {earlier for earlier, _ in pairs}
+
+
+def test_a_second_picture_comes_later_in_half_of_the_rows_of_two(processor, monkeypatch):
+    monkeypatch.setattr(batches, "NUM_PICTURES", {2: 1})
+    dataset = answer_batches(processor, small_share=1.0, split="test-later", batch_size=8)
+    num_later = 0
+    for index in range(5):
+        batch = dataset[index]
+        for row, mask in enumerate(batch.images_seq_mask):
+            runs = (mask[1:].int() - mask[:-1].int()).clamp(min=0).cumsum(0) * mask[1:]
+            between = batch.input_ids[row, 1:][: int((runs == 2).nonzero()[0])]
+            is_later = processor.eos_id in between.tolist()
+            num_later += is_later
+            assert (batch.labels[row][: len(between)] == IGNORE_ID).all()
+    assert 10 <= num_later <= 30  # of 40
+
+
+def test_conversations_of_a_row_share_what_comes_before_its_last_picture(processor):
+    scenes, examples, _ = row_of("later", processor)
+    other = questions.make_count(split_rng("test", 0), scenes[0])
+    with pytest.raises(ValueError, match="2 different beginnings"):
+        encode_row(processor, scenes, [examples[0], examples[1].after(other)], MANY_TOKENS)
 
 
 def test_views_and_cells_of_a_view_batch_belong_together(processor, monkeypatch):

@@ -38,8 +38,8 @@ def untrained(tmp_path_factory):
 
 def test_a_question_comes_behind_its_picture():
     example = example_at(EVAL_SPLIT, 0, "color")
-    assert messages_of(example) == [
-        {"role": USER, "content": f"{IMAGE}\n{example.question}"},
+    assert messages_of(example, ["a.png"]) == [
+        {"role": USER, "content": f"{IMAGE}\n{example.question}", "images": ["a.png"]},
         {"role": ASSISTANT, "content": example.answer},
     ]
 
@@ -47,13 +47,25 @@ def test_a_question_comes_behind_its_picture():
 def test_a_second_question_comes_behind_the_first_answer():
     example = example_at(EVAL_SPLIT, 0, "follow_up")
     (first,) = example.history
-    contents = [message["content"] for message in messages_of(example)]
+    messages = messages_of(example, ["a.png"])
+    contents = [message["content"] for message in messages]
     assert contents == [f"{IMAGE}\n{first.question}", first.answer, example.question, example.answer]
+    assert [message.get("images") for message in messages] == [["a.png"], None, None, None]
+
+
+def test_a_further_picture_comes_with_its_question():
+    example = example_at(EVAL_SPLIT, 0, "second_picture")
+    (first,) = example.history
+    messages = messages_of(example, ["a.png", "b.png"])
+    assert [message.get("images") for message in messages] == [["a.png"], None, ["b.png"], None]
+    assert messages[0]["content"] == f"{IMAGE}\n{first.question}"
+    assert messages[2]["content"] == f"{IMAGE}\n{example.question}"
 
 
 def test_three_pictures_are_introduced_by_number_or_not():
     example = example_at(EVAL_SPLIT, 0, "compare")
-    plain, numbered = (messages_of(example, is_numbered)[0]["content"] for is_numbered in (False, True))
+    names = ["a.png", "b.png", "c.png"]
+    plain, numbered = (messages_of(example, names, is_numbered)[0]["content"] for is_numbered in (False, True))
     assert plain == f"{IMAGE}\n{IMAGE}\n{IMAGE}\n{example.question}"
     marks = "\n".join(f"This is image_{number}: {IMAGE}" for number in (1, 2, 3))
     assert numbered == f"{marks}\n{example.question}"

@@ -10,7 +10,7 @@ from deepseek_vl2.evaluate.tasks import TASKS as EVALUATIONS
 from deepseek_vl2.models.tiling import TileGrid, choose_grid
 from deepseek_vl2.nano.architecture import CANDIDATE_RESOLUTIONS, VIEW_SIDE, nano_processor
 from deepseek_vl2.nano.batches import LARGER_GRIDS, ONE_TILE, ask, draw_scene
-from deepseek_vl2.nano.questions import MAX_COUNT, split_rng
+from deepseek_vl2.nano.questions import MAX_COUNT, num_new_pictures, split_rng
 from deepseek_vl2.nano.scenes import HELD_OUT_WORDS, TRAIN_WORDS
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, TRAIN_SPLIT, NanoTask, example_at
 
@@ -56,11 +56,11 @@ def test_what_is_judged_is_there(task):
         assert bool(example.boxes) == (judge != "exact_match") == ("<|det|>" in example.answer)
         if judge == "refcoco":
             assert len(example.boxes) == 1
-        num_pictures = {"in_context": 2, "compare": 3}.get(task, 1)
+        num_pictures = {"in_context": 2, "second_picture": 2, "compare": 3}.get(task, 1)
         assert len(example.scenes) == num_pictures
-        assert len(example.history) == (task == "follow_up")
+        assert len(example.history) == (task in ("follow_up", "second_question", "second_picture"))
         # Each task's questions are of its own kind; small objects are asked by the shape, texts by theirs.
-        assert example.task == {"small": "shape"}.get(task, task)
+        assert example.task == {"small": "shape", "second_question": "locate", "second_picture": "locate"}.get(task, task)
 
 
 @pytest.mark.parametrize("task", READING_TASKS)
@@ -117,6 +117,19 @@ def test_counts_are_even():
 def test_follow_up_is_answered_in_words():
     kinds = {(example.history[0].task, "shape" in example.question) for example in examples("follow_up")}
     assert kinds == set(itertools.product(["locate"], [True, False]))
+
+
+@pytest.mark.parametrize(("task", "num_new"), [("second_question", [1, 0]), ("second_picture", [1, 1])])
+def test_conversations_begin_with_any_question(task, num_new):
+    found = examples(task, number=80)
+    assert {example.history[0].task for example in found} >= {"locate", "locate_zh", "count", "color", "describe"}
+    for example in found:
+        assert num_new_pictures(example.turns) == num_new
+        assert example.history[0].question != example.question or task == "second_picture"
+        last = len(example.scenes) - 1
+        targets = [target for piece in example.pieces for target in piece.targets]
+        assert targets and {target.picture for target in targets} == {last}
+        assert {example.scenes[last].objects[target.number].box for target in targets} == set(example.boxes)
 
 
 def test_bad_requests_are_named(monkeypatch):
