@@ -10,8 +10,8 @@ from typing import Any
 from deepseek_vl2.batch.items import Item
 from deepseek_vl2.batch.preparing import BatchLimits, PreparedItem, Preparer, read_ahead
 from deepseek_vl2.batch.records import answer_record, error_record
-from deepseek_vl2.serve.batch_generation import Sampling, answer_batch
-from deepseek_vl2.serve.row_sampling import LEAST_TEMPERATURE
+from deepseek_vl2.serve.batch_generation import answer_batch
+from deepseek_vl2.serve.row_sampling import Sampling
 from deepseek_vl2.utils.io import LoadedModel, load_pretrained_model
 
 
@@ -91,18 +91,20 @@ class BatchAnswerer:
             [encoded for _, encoded in asked],
             self.options.max_new_tokens,
             self.options.chunk_size,
-            self.options.repetition_penalty,
-            self._sampling([prepared.item for prepared, _ in asked]),
+            [self._sampling(prepared.item) for prepared, _ in asked],
         )
         seconds = (time.perf_counter() - start) / len(asked)
         answered = zip(asked, answers, strict=True)
         return failed + [answer_record(prepared, answer, seconds) for (prepared, _), answer in answered]
 
-    def _sampling(self, items: list[Item]) -> Sampling | None:
-        if self.options.temperature < LEAST_TEMPERATURE:
-            return None
-        seeds = tuple(item_seed(self.options.seed, item.index) for item in items)
-        return Sampling(self.options.temperature, self.options.top_p, seeds)
+    def _sampling(self, item: Item) -> Sampling:
+        options = self.options
+        return Sampling(
+            options.temperature,
+            options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=item_seed(options.seed, item.index),
+        )
 
 
 def item_seed(seed: int, index: int) -> int:

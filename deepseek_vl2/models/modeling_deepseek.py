@@ -413,13 +413,15 @@ class DeepseekV2Attention(nn.Module):
         key_rope: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_heads, num_new = query_nope.shape[1:3]
+        batch_size, num_heads, num_new = query_nope.shape[:3]
         up_key, up_value = (
             local_tensor(self.kv_b_proj.weight)
             .unflatten(0, (num_heads, -1))
             .split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         )
-        query_latent = query_nope @ up_key  # [B, H, T, R]
+        # All rows of a batch are rows of one product for each head, which reads the head's weights once.
+        query_latent = query_nope.transpose(0, 1).flatten(1, 2) @ up_key  # [H, B*T, R]
+        query_latent = query_latent.unflatten(1, (batch_size, num_new)).transpose(0, 1)  # [B, H, T, R]
         # Heads lie beside tokens, so one product reads the cache once for all of them.
         scores = query_latent.flatten(1, 2) @ latent[:, 0].transpose(1, 2)  # [B, H*T, K]
         scores = scores + query_rope.flatten(1, 2) @ key_rope[:, 0].transpose(1, 2)
@@ -427,7 +429,8 @@ class DeepseekV2Attention(nn.Module):
         scores = mask_scores(scores, attention_mask)
         weights = scores.softmax(dim=-1).to(latent.dtype)
         mixed = (weights.flatten(1, 2) @ latent[:, 0]).unflatten(1, (num_heads, num_new))
-        return (mixed @ up_value.transpose(1, 2)).transpose(1, 2), weights
+        output = mixed.transpose(0, 1).flatten(1, 2) @ up_value.transpose(1, 2)  # [H, B*T, Dv]
+        return output.unflatten(1, (batch_size, num_new)).permute(1, 2, 0, 3), weights
 
 
 def yarn_score_scaling(rope_parameters: Any) -> float:

@@ -373,7 +373,6 @@ class AnswerBatches(Dataset[AnswerBatch]):
             found = [make_compare(rng, scenes) for _ in range(MAX_QUESTIONS)]
         return scenes, [example for example in found if example is not None]
 
-
     def _ask_later(
         self, rng: random.Random, grids: Sequence[TileGrid], num_objects: tuple[int, int]
     ) -> tuple[Sequence[Scene], Iterable[Example]]:

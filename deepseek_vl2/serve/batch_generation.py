@@ -1,13 +1,18 @@
 """Several questions answered at once. An answer is that of its question alone, whatever else is in the batch."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
+from deepseek_vl2.serve.continuous_batch import ContinuousBatch, read_prompts
+from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens
+
+# Rows that are done leave when they are so many of all: each time the cache of the others is copied.
+LEAVING_SHARE = 0.25
 
 
 class BatchAnswer(NamedTuple):
@@ -24,37 +29,24 @@ class BatchAnswer(NamedTuple):
     is_cut_off: bool
 
 
-class Sampling(NamedTuple):
-    """How tokens are drawn, where they are not the likeliest.
+class _Row:
+    """An answer under way."""
 
-    Attributes:
-        temperature: above 0.
-        top_p: share of the likeliest tokens that are drawn from.
-        seeds: one a question; the same seed draws the same answer in every batch.
-    """
+    def __init__(self, sampler: RowSampler, limit: int, eos_id: int) -> None:
+        self.sampler = sampler
+        self.tokens: list[int] = []
+        self._limit = limit
+        self._eos_id = eos_id
 
-    temperature: float
-    top_p: float
-    seeds: tuple[int, ...]
+    @property
+    def has_ended(self) -> bool:
+        """Whether the end of the sentence has come."""
+        return bool(self.tokens) and self.tokens[-1] == self._eos_id
 
-
-class RowSeededNoise(LogitsProcessor):
-    """Adds Gumbel noise to the scores, each row's from its own seed: the largest is then a draw from their softmax.
-
-    Source: Maddison et al., A* Sampling (arXiv 1411.0030), section 2.
-
-    Args:
-        seeds: one a row.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Changes scores [B, number of tokens]; what is excluded (-inf) stays so."""
-        rows = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
-        noise: Any = scores.float() - torch.stack(rows).log().to(scores.device)
-        return noise
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to add."""
+        return self.has_ended or len(self.tokens) >= self._limit
 
 
 @torch.inference_mode()
@@ -64,8 +56,7 @@ def answer_batch(
     prompts: Sequence[VLChatProcessorOutput],
     max_new_tokens: int,
     chunk_size: int = -1,
-    repetition_penalty: float = 1.0,
-    sampling: Sampling | None = None,
+    samplings: Sequence[Sampling] | None = None,
 ) -> list[BatchAnswer]:
     """Answers encoded questions as one batch.
 
@@ -78,46 +69,46 @@ def answer_batch(
         prompts: the questions.
         max_new_tokens: most tokens of an answer; fewer where the model has no positions left after the question.
         chunk_size: tokens to prefill at once, -1 for all.
-        repetition_penalty: above 1 for fewer repetitions.
-        sampling: by default the likeliest token is taken each time.
+        samplings: how the tokens of each answer are chosen; by default the likeliest one is taken each time.
 
     Raises:
         ValueError: a question is longer than the model's positions.
     """
     inputs = processor.batchify(prompts).to(model.device, dtype=model.dtype)
-    num_tokens = inputs["input_ids"].shape[1]
-    prompt: dict[str, Any] = dict(inputs.items())
-    if chunk_size != -1:
-        embeds, cache = model.incremental_prefilling(**prompt, chunk_size=chunk_size)
-        prompt |= {"inputs_embeds": embeds, "past_key_values": cache}
-    room = [model.config.language_config.max_position_embeddings - len(question) + 1 for question in prompts]
-    limits = [min(max_new_tokens, tokens) for tokens in room]
-    output = model.generate(
-        **prompt,
-        do_sample=False,  # noise on the scores draws, where sampling is wanted
-        logits_processor=_samplers(sampling),
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max(limits),
-        pad_token_id=processor.pad_id,
-        eos_token_id=processor.eos_id,
-    )
-    rows = output[:, num_tokens:].tolist()
-    return [_answer(processor, row[:limit]) for row, limit in zip(rows, limits, strict=True)]
+    embeds = model.prepare_inputs_embeds(**dict(inputs.items()))
+    read = read_prompts(model, embeds, inputs["attention_mask"], chunk_size)
+    positions = model.config.language_config.max_position_embeddings
+    rows = [
+        _Row(
+            RowSampler(sampling, prompt.input_ids, model.device),
+            min(max_new_tokens, positions - len(prompt) + 1),  # the last new token is not read any more
+            processor.eos_id,
+        )
+        for prompt, sampling in zip(prompts, samplings or repeat(Sampling(), len(prompts)), strict=True)
+    ]
+    batch = ContinuousBatch(model)
+    batch.join(read)
+    _decode(batch, read.logits, rows)
+    return [_answer(processor, row) for row in rows]
 
 
-def _samplers(sampling: Sampling | None) -> LogitsProcessorList:
-    if sampling is None:
-        return LogitsProcessorList()
-    return LogitsProcessorList(
-        [
-            TemperatureLogitsWarper(sampling.temperature),
-            TopPLogitsWarper(sampling.top_p),
-            RowSeededNoise(sampling.seeds),
-        ]
-    )
+def _decode(batch: ContinuousBatch, logits: torch.Tensor, rows: Sequence[_Row]) -> None:
+    """Gives all rows of a batch their tokens, the first ones by logits [B, vocabulary]."""
+    running = list(rows)
+    while True:
+        chosen = choose_tokens(logits, [row.sampler for row in running])
+        for row, token in zip(running, chosen, strict=True):
+            if not row.is_done:
+                row.tokens.append(token)
+        done = [place for place, row in enumerate(running) if row.is_done]
+        if len(done) == len(running):
+            return
+        if len(done) >= LEAVING_SHARE * len(running):
+            batch.leave(done)
+            running = [row for row in running if not row.is_done]
+        logits = batch.step([row.tokens[-1] for row in running])
 
 
-def _answer(processor: DeepseekVLV2Processor, row: list[int]) -> BatchAnswer:
-    is_cut_off = processor.eos_id not in row
-    kept = row if is_cut_off else row[: row.index(processor.eos_id)]
-    return BatchAnswer(processor.decode(kept), len(kept), is_cut_off)
+def _answer(processor: DeepseekVLV2Processor, row: _Row) -> BatchAnswer:
+    kept = row.tokens[:-1] if row.has_ended else row.tokens
+    return BatchAnswer(processor.decode(kept), len(kept), not row.has_ended)

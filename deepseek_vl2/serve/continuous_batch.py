@@ -1,7 +1,7 @@
 """Answers that decode together although each begins and ends on its own ("continuous batching").
 
-A prompt is read alone, with the numbers that it has alone. Then its cache joins those of the answers under way, padded
-on the left to one length. A row that is done leaves at once, and the padding that nobody needs any more with it.
+Prompts are read alone or several at a time. Then their cache joins those of the answers under way, padded on the left
+to one length. A row that is done can leave at once, and the padding that nobody needs any more with it.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,38 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
 
-class ReadPrompt(NamedTuple):
-    """A prompt that was read: logits [1, vocabulary] of the token after it, and its cache."""
+class ReadPrompts(NamedTuple):
+    """Prompts that were read.
+
+    Attributes:
+        logits: Of the token after each, [B, vocabulary].
+        cache: Their cache; on the left what is padding in `lengths`.
+        lengths: Tokens of each, without padding.
+    """
 
     logits: torch.Tensor
     cache: Cache
+    lengths: list[int]
 
 
 @torch.inference_mode()
-def read_prompt(model: DeepseekVLV2ForCausalLM, inputs_embeds: torch.Tensor, chunk_size: int = -1) -> ReadPrompt:
-    """Reads one prompt.
+def read_prompts(
+    model: DeepseekVLV2ForCausalLM,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    chunk_size: int = -1,
+) -> ReadPrompts:
+    """Reads prompts.
 
     Args:
         model: The model.
-        inputs_embeds: [1, T, D], see `prepare_inputs_embeds`.
+        inputs_embeds: [B, T, D], see `prepare_inputs_embeds`.
+        attention_mask: [B, T], 0 at the padding on the left; all real if None.
         chunk_size: Tokens to read at once, -1 for all.
     """
-    mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
     cache, num_cached = None, 0
     if chunk_size != -1:
         _, cache = model.incremental_prefilling(inputs_embeds=inputs_embeds, attention_mask=mask, chunk_size=chunk_size)
@@ -42,7 +57,7 @@ def read_prompt(model: DeepseekVLV2ForCausalLM, inputs_embeds: torch.Tensor, chu
         use_cache=True,
         logits_to_keep=1,
     )
-    return ReadPrompt(outputs.logits[:, -1], outputs.past_key_values)
+    return ReadPrompts(outputs.logits[:, -1], outputs.past_key_values, mask.sum(dim=1).tolist())
 
 
 class ContinuousBatch:
@@ -65,15 +80,13 @@ class ContinuousBatch:
         """Cached positions of a row, padding included."""
         return max(self._lengths, default=0)
 
-    def join(self, cache: Any) -> None:
-        """Adds the cache of one prompt as the last row; the cache is used up. An error leaves the rows as they were."""
-        length = cache.get_seq_length()
-        width = max(self.num_positions, length)
+    def join(self, read: ReadPrompts) -> None:
+        """Adds prompts as the last rows; their cache is used up. An error leaves the rows as they were."""
         if not self._lengths:
-            self._cache = cache
+            self._cache = read.cache
         else:
-            self._join_layers(cache, width)
-        self._lengths.append(length)
+            self._join_layers(read.cache, max(self.num_positions, *read.lengths))
+        self._lengths += read.lengths
 
     def _join_layers(self, cache: Any, width: int) -> None:
         start, num_joined = width - self.num_positions, 0
@@ -88,7 +101,7 @@ class ContinuousBatch:
         finally:
             if num_joined < len(self._cache.layers):  # views need no memory, of which there is not enough
                 for own in self._cache.layers[:num_joined]:
-                    _set(own, own.keys[:-1][..., start:, :], own.values[:-1][..., start:, :])
+                    _set(own, own.keys[: len(self)][..., start:, :], own.values[: len(self)][..., start:, :])
 
     def leave(self, rows: Sequence[int]) -> None:
         """Takes rows out; the others move up. After an error only all of them can leave."""

@@ -11,7 +11,7 @@ import torch
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.processing_deepseek_vl_v2 import DeepseekVLV2Processor, VLChatProcessorOutput
-from deepseek_vl2.serve.continuous_batch import ContinuousBatch, ReadPrompt, read_prompt
+from deepseek_vl2.serve.continuous_batch import ContinuousBatch, ReadPrompts, read_prompts
 from deepseek_vl2.serve.fair_queue import FairQueue
 from deepseek_vl2.serve.picture_features import PictureFeatures
 from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens, likeliest_tokens
@@ -255,7 +255,7 @@ class BatchEngine:
         self._reading = None  # after another error it is still there for `_end_all`
 
     def _begin(self, answering: Answering) -> None:
-        read: ReadPrompt | None = None
+        read: ReadPrompts | None = None
         with left_when(answering.is_cancelled):
             read = self._read(answering.question.inputs)
         if read is None or answering.is_cancelled.is_set():
@@ -265,12 +265,13 @@ class BatchEngine:
         row = self._row(answering)
         (token,) = choose_tokens(read.logits, [row.sampler])
         if not row.take(token, self._processor.eos_id):
-            self._batch.join(read.cache)
+            self._batch.join(read)
             self._rows.append(row)
 
-    def _read(self, sample: VLChatProcessorOutput) -> ReadPrompt:
+    def _read(self, sample: VLChatProcessorOutput) -> ReadPrompts:
         inputs = self._processor.batchify([sample]).to(self._model.device, dtype=self._model.dtype)
-        return read_prompt(self._model, self._features.embed(**dict(inputs.items())), self._chunk_size)
+        embeds = self._features.embed(**dict(inputs.items()))
+        return read_prompts(self._model, embeds, chunk_size=self._chunk_size)
 
     def _row(self, answering: Answering) -> _Row:
         question = answering.question

@@ -60,7 +60,9 @@ def test_what_is_judged_is_there(task):
         assert len(example.scenes) == num_pictures
         assert len(example.history) == (task in ("follow_up", "second_question", "second_picture"))
         # Each task's questions are of its own kind; small objects are asked by the shape, texts by theirs.
-        assert example.task == {"small": "shape", "second_question": "locate", "second_picture": "locate"}.get(task, task)
+        assert example.task == {"small": "shape", "second_question": "locate", "second_picture": "locate"}.get(
+            task, task
+        )
 
 
 @pytest.mark.parametrize("task", READING_TASKS)

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
-from deepseek_vl2.serve.continuous_batch import ContinuousBatch, read_prompt
+from deepseek_vl2.serve.continuous_batch import ContinuousBatch, read_prompts
 from deepseek_vl2.serve.inference import deepseek_generate
 from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens
 
@@ -34,7 +34,7 @@ def read(parts, question, chunk_size=-1):
     text, images = question
     inputs = processor(conversations=messages(text, images), images=list(images)).to("cpu", dtype=model.dtype)
     with torch.no_grad():
-        return read_prompt(model, model.prepare_inputs_embeds(**inputs), chunk_size)
+        return read_prompts(model, model.prepare_inputs_embeds(**inputs), chunk_size=chunk_size)
 
 
 def greedy_ids(parts, question):
@@ -59,7 +59,7 @@ def test_rows_that_join_and_leave_at_any_time_get_the_tokens_they_get_alone(part
             number = step // 2
             prompt = read(parts, QUESTIONS[number], chunk_size)
             got[number].append(choose(prompt.logits, eos)[0])
-            batch.join(prompt.cache)
+            batch.join(prompt)
             running.append(number)
         for number, token in zip(running, choose(batch.step([got[n][-1] for n in running]), eos), strict=True):
             got[number].append(token)
@@ -87,8 +87,8 @@ def test_padding_leaves_with_the_row_that_needed_it(parts):
     batch = ContinuousBatch(parts[0])
     short, long = read(parts, QUESTIONS[3]), read(parts, QUESTIONS[2])
     lengths = short.cache.get_seq_length(), long.cache.get_seq_length()
-    batch.join(short.cache)
-    batch.join(long.cache)
+    batch.join(short)
+    batch.join(long)
     assert batch.num_positions == lengths[1] > lengths[0]
     batch.leave([1])
     assert batch.num_positions == lengths[0] == batch._cache.get_seq_length()
@@ -99,7 +99,7 @@ def test_a_prompt_that_cannot_join_leaves_the_others_as_they_were(parts, monkeyp
     expected = greedy_ids(parts, QUESTIONS[3])
     short, long = read(parts, QUESTIONS[3]), read(parts, QUESTIONS[2])
     tokens = choose(short.logits, parts[1].eos_id)
-    batch.join(short.cache)
+    batch.join(short)
     real, num_calls = torch.cat, []
 
     def cat(*arguments, **options):
@@ -111,7 +111,7 @@ def test_a_prompt_that_cannot_join_leaves_the_others_as_they_were(parts, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr("deepseek_vl2.serve.continuous_batch.torch.cat", cat)
         with pytest.raises(RuntimeError, match="allocate"):
-            batch.join(long.cache)
+            batch.join(long)
     assert len(batch) == 1
     assert {tuple(layer.keys.shape[i] for i in (0, 2)) for layer in batch._cache.layers} == {(1, batch.num_positions)}
     while len(tokens) < NUM_NEW:
@@ -147,8 +147,8 @@ def test_a_seed_gives_what_the_library_gives_with_it(parts, temperature, penalty
     batch, ids = ContinuousBatch(model), []
     prompt, other = read(parts, QUESTIONS[0]), read(parts, QUESTIONS[1])
     tokens = [*choose_tokens(prompt.logits, [row]), *choose_tokens(other.logits, [neighbour])]
-    batch.join(prompt.cache)
-    batch.join(other.cache)
+    batch.join(prompt)
+    batch.join(other)
     while len(ids) < NUM_NEW and tokens[0] != processor.eos_id:
         ids.append(tokens[0])
         tokens = choose_tokens(batch.step(tokens), [row, neighbour])
