@@ -52,7 +52,14 @@ def test_stop_during_prefill_frees_the_model_at_once(visit, demo, slow_model, im
     wait_until(lambda: demo.engine.num_running == 0, timeout=12)  # the first token would take 15 s
     visitor.page.wait_for_selector("#question .submit-button")
     slow_model.stop()
-    visitor.ask("How many objects are there?", images / "visual_grounding_1.jpeg")
+    # The question comes back with its picture, and there is no turn without an answer.
+    visitor.page.wait_for_function(f"document.querySelector('#question textarea').value === {DESCRIBE!r}")
+    assert visitor.thumbnails.count() == 1
+    assert visitor.page.locator("#chat .message").count() == 0
+    visitor.shoot("stopped_before_the_first_word")
+    visitor.textarea.press("Enter")
+    visitor.wait_for_answers(1)
+    assert "<|det|>" not in visitor.last_words and visitor.last_words
 
 
 def test_stop_during_decode_keeps_what_was_said(visit, demo, slow_model, images):

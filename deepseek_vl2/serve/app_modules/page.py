@@ -395,6 +395,9 @@ class Demo:
         if session.job is job:
             session.job = None
         is_answered = job.future.done() and not job.future.cancelled() and job.future.exception() is None
+        if is_answered:
+            answer = job.future.result()
+            is_answered = bool(answer.text) or not answer.was_stopped  # stopped before its first word it is none
         is_there = turn in session.turns
         if is_answered and is_there:
             turn.answer = job.future.result()
