@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_run_arguments(parser, batch_size=32, window=256)
+    add_run_arguments(parser, batch_size=64, window=512)
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
     parser.add_argument("--loop_count", type=int, default=200, help="pictures of the loop; default: 200")
     parser.add_argument("--dtype", default="float32", help="default: float32, as nano is stored")

@@ -82,8 +82,10 @@ class ImageTransform:
         self.normalize = normalize
         if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
             raise ValueError(f"mean and std need 3 values and no std of 0, got mean={self.mean}, std={self.std}")
-        self._mean = torch.tensor(self.mean).view(3, 1, 1)
-        self._std = torch.tensor(self.std).view(3, 1, 1)
+        levels = (torch.arange(256.0) / 255).expand(3, 256)
+        if normalize:
+            levels = (levels - torch.tensor(self.mean)[:, None]) / torch.tensor(self.std)[:, None]
+        self._levels = levels.numpy()  # what each of the 256 levels of a channel becomes, [3, 256]
 
     @property
     def fill_color(self) -> tuple[int, ...]:
@@ -92,9 +94,12 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the picture as float32 [3, height, width]."""
-        pixels = torch.from_numpy(np.array(to_rgb(image)))
-        values = pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        return values.sub_(self._mean).div_(self._std) if self.normalize else values
+        # Looked up with numpy, as pictures are prepared in several threads: torch would start its own in each of them.
+        pixels = np.asarray(to_rgb(image))
+        values = np.empty((3, *pixels.shape[:2]), np.float32)
+        for channel, levels in enumerate(self._levels):
+            np.take(levels, pixels[..., channel], out=values[channel], mode="clip")  # "raise" would copy the output
+        return torch.from_numpy(values)
 
     def fit(self, image: Image.Image, canvas_size: tuple[int, int]) -> Image.Image:
         """Fit an RGB picture into a canvas (width, height), the margins in the mean colour."""

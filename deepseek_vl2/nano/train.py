@@ -151,7 +151,7 @@ class TrainingSettings:
         )
     )
     counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
-    tokens_a_row: int = 128
+    tokens_a_row: int = 160
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
     weight_decay: float = 0.01
