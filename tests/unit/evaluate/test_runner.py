@@ -14,6 +14,7 @@ from deepseek_vl2.evaluate.samples import Sample
 from deepseek_vl2.evaluate.tasks import TASKS
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.scenes import random_scene
+from deepseek_vl2.serve import batch_generation
 from deepseek_vl2.utils.io import LoadedModel
 
 
@@ -56,14 +57,14 @@ def test_max_new_tokens_limits_the_answer(loaded, samples):
 
 def test_an_answer_ends_at_eos_and_keeps_grounding_marks(loaded, samples, monkeypatch):
     processor = loaded.processor
-    ids = processor.encode("<|ref|>red<|/ref|>", bos=False, eos=True)
+    tokens = iter(processor.encode("<|ref|>red<|/ref|>", bos=False, eos=True))
 
-    def generate(input_ids, **options):
-        new = torch.tensor([[*ids, processor.pad_id]] * len(input_ids))
-        return torch.cat((input_ids, new), dim=1)
+    def choose_tokens(logits, samplers):
+        return [next(tokens)] * len(samplers)
 
-    monkeypatch.setattr(loaded.model, "generate", generate)
+    monkeypatch.setattr(batch_generation, "choose_tokens", choose_tokens)
     assert asker(loaded).answer(samples[:2]) == ["<|ref|>red<|/ref|>"] * 2
+    assert next(tokens, None) is None
 
 
 def test_mmmu_doubles_its_first_picture(loaded, samples):
