@@ -23,6 +23,12 @@ def check_prompt_length(num_tokens: int, config: PreTrainedConfig) -> None:
         )
 
 
+def room_for_answer(num_prompt_tokens: int, config: PreTrainedConfig) -> int:
+    """How many tokens may follow a prompt: one more than positions are left, as the last one is not read any more."""
+    num_positions: int = config.max_position_embeddings
+    return num_positions - num_prompt_tokens + 1
+
+
 def check_chunk_size(chunk_size: int) -> None:
     """Refuses sizes of chunks that there are not.
 

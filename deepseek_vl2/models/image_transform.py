@@ -82,10 +82,11 @@ class ImageTransform:
         self.normalize = normalize
         if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
             raise ValueError(f"mean and std need 3 values and no std of 0, got mean={self.mean}, std={self.std}")
-        levels = (torch.arange(256.0) / 255).expand(3, 256)
+        # What each of the 256 levels of a channel becomes, [3, 256].
+        self._levels = np.tile(np.arange(256, dtype=np.float32) / np.float32(255), (3, 1))
         if normalize:
-            levels = (levels - torch.tensor(self.mean)[:, None]) / torch.tensor(self.std)[:, None]
-        self._levels = levels.numpy()  # what each of the 256 levels of a channel becomes, [3, 256]
+            means, stds = np.array([self.mean, self.std], np.float32)[:, :, None]
+            self._levels = (self._levels - means) / stds
 
     @property
     def fill_color(self) -> tuple[int, ...]:

@@ -378,7 +378,7 @@ class AnswerBatches(Dataset[AnswerBatch]):
     ) -> tuple[Sequence[Scene], Iterable[Example]]:
         """Draws two pictures, a question about the first one, and after it some about the second one."""
         first, second = (draw_scene(rng, self.processor, grid, num_objects, LATER_SCENE_KINDS) for grid in grids)
-        opening = next(iter(ask(rng, first)), None)
+        opening = next(ask(rng, first), None)
         if opening is None:
             return [first, second], []
         asked = ask(rng, second, count_weight=self.curriculum.count_weight)
@@ -414,11 +414,12 @@ def ask(
             example = make(rng, scene)
         if example is None:
             continue
-        if earlier and not example.history and rng.random() < LATER_PROBABILITY:
-            (number,) = rng.choices(list(NUM_EARLIER), list(NUM_EARLIER.values()))
-            example = example.after(*rng.sample(earlier, min(number, len(earlier))))
         if not example.history:
-            earlier.append(example)
+            if earlier and rng.random() < LATER_PROBABILITY:
+                (number,) = rng.choices(list(NUM_EARLIER), list(NUM_EARLIER.values()))
+                example = example.after(*rng.sample(earlier, min(number, len(earlier))))
+            else:
+                earlier.append(example)
         yield example
 
 
@@ -581,18 +582,21 @@ def _beginning_in_words(
     parts = []
     for turn, new in zip(opening, num_new_pictures(opening), strict=True):
         marks = f"{beginning_of(new)}\n" if new else ""
-        end = processor.tokenizer.eos_token
-        parts.append(f"{USER}: {marks}{turn.question}\n\n{ASSISTANT}:{turn.answer}{end}")
+        parts.append(f"{_asked(turn, f'{USER}: {marks}')}{turn.answer}{processor.tokenizer.eos_token}")
     num_shown = len(opening[-1].scenes) if opening else 0
     return "".join(parts) + f"{USER}: {beginning_of(len(scenes) - num_shown, is_numbered)}"
+
+
+def _asked(turn: Example, before: str) -> str:
+    """The text of a turn from what stands before its question to where its answer begins."""
+    return f"{before}{turn.question}\n\n{ASSISTANT}:"
 
 
 def _encode_turn(
     processor: DeepseekVLV2Processor, turn: Example, is_first: bool
 ) -> tuple[list[int], list[int], list[tuple[Piece, int]]]:
     """Ids of a question and its answer, and for each token of the answer its piece and where in that it begins."""
-    before = "\n" if is_first else f"{USER}: "
-    question = processor.encode(f"{before}{turn.question}\n\n{ASSISTANT}:", bos=False)
+    question = processor.encode(_asked(turn, "\n" if is_first else f"{USER}: "), bos=False)
     encoded = processor.tokenizer(turn.answer, add_special_tokens=False, return_offsets_mapping=True)
     ends = np.cumsum([len(piece.text) for piece in turn.pieces])
     pieces = []

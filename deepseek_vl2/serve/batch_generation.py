@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.generation import room_for_answer
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 from deepseek_vl2.serve.continuous_batch import ContinuousBatch, read_prompts
 from deepseek_vl2.serve.row_sampling import RowSampler, Sampling, choose_tokens
@@ -77,11 +78,11 @@ def answer_batch(
     inputs = processor.batchify(prompts).to(model.device, dtype=model.dtype)
     embeds = model.prepare_inputs_embeds(**dict(inputs.items()))
     read = read_prompts(model, embeds, inputs["attention_mask"], chunk_size)
-    positions = model.config.language_config.max_position_embeddings
+    config = model.config.language_config
     rows = [
         _Row(
             RowSampler(sampling, prompt.input_ids, model.device),
-            min(max_new_tokens, positions - len(prompt) + 1),  # the last new token is not read any more
+            min(max_new_tokens, room_for_answer(len(prompt), config)),
             processor.eos_id,
         )
         for prompt, sampling in zip(prompts, samplings or repeat(Sampling(), len(prompts)), strict=True)

@@ -32,7 +32,7 @@ class ReadPrompts(NamedTuple):
 def read_prompts(
     model: DeepseekVLV2ForCausalLM,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor,
     chunk_size: int = -1,
 ) -> ReadPrompts:
     """Reads prompts.
@@ -40,24 +40,23 @@ def read_prompts(
     Args:
         model: The model.
         inputs_embeds: [B, T, D], see `prepare_inputs_embeds`.
-        attention_mask: [B, T], 0 at the padding on the left; all real if None.
+        attention_mask: [B, T], 0 at the padding on the left.
         chunk_size: Tokens to read at once, -1 for all.
     """
-    mask = attention_mask
-    if mask is None:
-        mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
     cache, num_cached = None, 0
     if chunk_size != -1:
-        _, cache = model.incremental_prefilling(inputs_embeds=inputs_embeds, attention_mask=mask, chunk_size=chunk_size)
+        _, cache = model.incremental_prefilling(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, chunk_size=chunk_size
+        )
         num_cached = cache.get_seq_length()
     outputs = model.language(
         inputs_embeds=inputs_embeds[:, num_cached:],
-        attention_mask=mask,
+        attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return ReadPrompts(outputs.logits[:, -1], outputs.past_key_values, mask.sum(dim=1).tolist())
+    return ReadPrompts(outputs.logits[:, -1], outputs.past_key_values, attention_mask.sum(dim=1).tolist())
 
 
 class ContinuousBatch:

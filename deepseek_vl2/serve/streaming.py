@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
-from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length
+from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length, room_for_answer
 from deepseek_vl2.serve.prompt_memory import PromptMemory, Reuse
 from deepseek_vl2.serve.text_pieces import LetterDecoder, until_stop_word
 
@@ -72,7 +72,7 @@ class AnswerStream(Iterator[str]):
         config = model.config.language_config
         check_prompt_length(self.num_prompt_tokens, config)
         self.num_image_tokens = int(prompt["images_seq_mask"].sum())
-        room = config.max_position_embeddings - self.num_prompt_tokens + 1  # the last new token is not read any more
+        room = room_for_answer(self.num_prompt_tokens, config)
         options = {**options, "max_new_tokens": min(options["max_new_tokens"], room)}
         self._speaker = _Speaker(model, tokenizer, prompt, options, chunk_size, memory)
         # Neither the speaker nor its thread knows this object, so that dropping it closes the pieces.

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.generation import room_for_answer
 from deepseek_vl2.models.processing_deepseek_vl_v2 import DeepseekVLV2Processor, VLChatProcessorOutput
 from deepseek_vl2.serve.continuous_batch import ContinuousBatch, ReadPrompts, read_prompts
 from deepseek_vl2.serve.fair_queue import FairQueue
@@ -271,12 +272,11 @@ class BatchEngine:
     def _read(self, sample: VLChatProcessorOutput) -> ReadPrompts:
         inputs = self._processor.batchify([sample]).to(self._model.device, dtype=self._model.dtype)
         embeds = self._features.embed(**dict(inputs.items()))
-        return read_prompts(self._model, embeds, chunk_size=self._chunk_size)
+        return read_prompts(self._model, embeds, inputs["attention_mask"], self._chunk_size)
 
     def _row(self, answering: Answering) -> _Row:
         question = answering.question
-        positions = self._model.config.language_config.max_position_embeddings
-        room = positions - len(question.inputs) + 1  # the last new token is not read any more
+        room = room_for_answer(len(question.inputs), self._model.config.language_config)
         sampler = RowSampler(question.sampling, question.inputs.input_ids, self._model.device)
         decoder = LetterDecoder(self._processor.tokenizer)
         return _Row(answering, sampler, decoder, min(question.max_new_tokens, room))

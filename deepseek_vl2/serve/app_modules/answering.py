@@ -253,7 +253,7 @@ class ModelAnswerer:
             earlier = earlier[1:]
 
     def _said(self, turn: Turn) -> "_Said":
-        """A turn as the model reads it; one that was stopped before its first word is not read."""
+        """A turn as the model reads it; one without a word in its answer is not read."""
         if turn.answer is None or not turn.answer.text:
             return _Said([], [])
         marked = place_image_marks(turn.question.text, len(turn.question.pictures))

@@ -108,6 +108,11 @@ class Answer:
     was_stopped: bool = False
     is_cut_off: bool = False
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the user did not end it before its first word."""
+        return bool(self.text) or not self.was_stopped
+
     def delete_files(self) -> None:
         """Delete the pictures with boxes, and the folders that each of them has for itself."""
         for _, path in self.marked_pictures:

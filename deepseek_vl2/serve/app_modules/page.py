@@ -394,15 +394,12 @@ class Demo:
         self.engine.cancel(job)
         if session.job is job:
             session.job = None
-        is_answered = job.future.done() and not job.future.cancelled() and job.future.exception() is None
-        if is_answered:
-            answer = job.future.result()
-            is_answered = bool(answer.text) or not answer.was_stopped  # stopped before its first word it is none
+        answer = _result(job.future)
         is_there = turn in session.turns
-        if is_answered and is_there:
-            turn.answer = job.future.result()
-            session.num_left_out = turn.answer.num_left_out
-            self._log(turn.question, turn.answer)
+        if is_there and answer is not None and answer.has_begun:
+            turn.answer = answer
+            session.num_left_out = answer.num_left_out
+            self._log(turn.question, answer)
             replaced.delete_files()
             return False
         job.future.add_done_callback(_delete_files)  # of an answer that nobody waited for
@@ -584,6 +581,14 @@ def _failure(job: Job) -> BaseException | None:
     return error
 
 
+def _result(answering: Future[Answer]) -> Answer | None:
+    """What came of it, if it is over and neither cancelled nor failed."""
+    if not answering.done() or answering.cancelled() or answering.exception() is not None:
+        return None
+    return answering.result()
+
+
 def _delete_files(answering: Future[Answer]) -> None:
-    if not answering.cancelled() and answering.exception() is None:
-        answering.result().delete_files()
+    answer = _result(answering)
+    if answer is not None:
+        answer.delete_files()

@@ -34,7 +34,7 @@ def read(parts, question, chunk_size=-1):
     text, images = question
     inputs = processor(conversations=messages(text, images), images=list(images)).to("cpu", dtype=model.dtype)
     with torch.no_grad():
-        return read_prompts(model, model.prepare_inputs_embeds(**inputs), chunk_size=chunk_size)
+        return read_prompts(model, model.prepare_inputs_embeds(**inputs), inputs.attention_mask, chunk_size)
 
 
 def greedy_ids(parts, question):
