@@ -365,11 +365,7 @@ class DeepseekV2Attention(nn.Module):
             key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
 
         weights: torch.Tensor | None
-        # An offloaded weight is only there while its layer itself is called.
-        is_offloaded = self.kv_b_proj.weight.is_meta
-        # What an adapter adds acts only when the layer is called, too.
-        is_adapted = hasattr(self.kv_b_proj, "base_layer")
-        if not (is_offloaded or is_adapted) and self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
+        if self._is_up_projection_readable() and self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
             output, weights = self._attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)
@@ -380,6 +376,13 @@ class DeepseekV2Attention(nn.Module):
         if self.config.q_lora_rank is None:
             return self.q_proj(hidden_states)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+    def _is_up_projection_readable(self) -> bool:
+        """Whether the layer `kv_b_proj` does no more than its weight says, which can be used in parts then.
+
+        An offloaded weight is only there while the layer itself is called; what an adapter adds acts only then, too.
+        """
+        return not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj, "base_layer")
 
     def _is_absorbing_cheaper(self, num_new: int, num_total: int) -> bool:
         """Compares multiplications for each cached token: longer dot products of T queries against one expansion."""
@@ -396,9 +399,31 @@ class DeepseekV2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        head_width = self.qk_nope_head_dim + self.v_head_dim
-        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, head_width)).transpose(1, 2)
-        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, H, K, ...]
+        num_heads, num_new = query.shape[1:3]
+        # As many heads at once as make no more keys than a first chunk of this length has.
+        num_at_once = max(1, num_heads * num_new // latent.shape[2])
+        if num_at_once == num_heads or self.training or not self._is_up_projection_readable():
+            return self._attend_heads(query, self.kv_b_proj(latent[:, 0]), key_rope, attention_mask, **kwargs)
+        weight = local_tensor(self.kv_b_proj.weight)
+        head_width = weight.shape[0] // num_heads
+        parts = [
+            self._attend_heads(some, F.linear(latent[:, 0], up), key_rope, attention_mask, **kwargs)
+            for some, up in zip(query.split(num_at_once, 1), weight.split(num_at_once * head_width), strict=True)
+        ]
+        outputs, weights = zip(*parts, strict=True)
+        return torch.cat(outputs, dim=2), None if weights[0] is None else torch.cat(weights, dim=1)
+
+    def _attend_heads(
+        self,
+        query: torch.Tensor,
+        expanded: torch.Tensor,
+        key_rope: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of some heads [B, h, T, ...] to their expanded keys and values [B, K, h * (nope + Dv)]."""
+        expanded = expanded.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, h, K, ...]
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         # The fast kernels ask for values as wide as keys; a negative filling would cut wider ones.
         value = F.pad(value, (0, max(self.qk_head_dim - self.v_head_dim, 0)))

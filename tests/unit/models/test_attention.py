@@ -4,9 +4,11 @@ import types
 import pytest
 import torch
 from small_models import MHA, language_config, make_inputs, seeded, vl_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.growing_cache import GrowingCache
 from deepseek_vl2.models.modeling_deepseek import (
     DeepseekV2Attention,
     DeepseekV2ForCausalLM,
@@ -134,14 +136,52 @@ def test_decoding_never_expands_the_cache(monkeypatch, implementation):
     ids, mask = prompt()
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     lengths = []
-    for layer in model.model.layers:
-        layer.self_attn.kv_b_proj.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[-2]))
+    attend_heads = DeepseekV2Attention._attend_heads
+
+    def noted(self, query, expanded, *args, **kwargs):
+        lengths.append(expanded.shape[1])
+        return attend_heads(self, query, expanded, *args, **kwargs)
+
+    monkeypatch.setattr(DeepseekV2Attention, "_attend_heads", noted)
     for _ in range(3):
         mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
         model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
     assert lengths == []
     model(ids)
     assert lengths == [LENGTH] * 3, "the spy sees the expansion of a prompt"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most numbers that a tensor made in this context has."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and not func.is_view:
+            self.numel = max(self.numel, output.numel())
+        return output
+
+
+@torch.no_grad()
+def test_memory_of_a_later_chunk_is_that_of_the_first():
+    config = language_config(num_attention_heads=8, num_key_value_heads=8)
+    config._attn_implementation = "sdpa"
+    attention = seeded(DeepseekV2Attention, config, 0)
+    hidden = torch.randn(1, 320, 48, generator=torch.Generator().manual_seed(0))
+    tables = DeepseekV2RotaryEmbedding(config)(torch.arange(320)[None])
+    whole, _ = attention(hidden, tables)
+    cache, largest, parts = GrowingCache(1, 320), [], []
+    for start in range(0, 320, 40):
+        chunk = slice(start, start + 40)
+        mask = torch.ones(40, start + 40, dtype=torch.bool).tril(start)[None, None]
+        with LargestTensor() as made:
+            parts.append(attention(hidden[:, chunk], tuple(t[:, chunk] for t in tables), mask, cache)[0])
+        largest.append(made.numel)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    assert max(largest[1:]) <= largest[0]
 
 
 def test_published_sizes_expand_for_long_chunks_only():
