@@ -49,15 +49,20 @@ def prefill_flop(config: DeepseekVLV2Config, num_tokens: int) -> int:
     return 2 * (linear + attention)
 
 
-def decode_bytes(config: DeepseekVLV2Config, num_cached: int, weights: str = "bfloat16") -> int:
-    """Bytes that one decoding step of one row reads: the active weights and the cache.
+def decode_bytes(config: DeepseekVLV2Config, num_cached: int, weights: str = "bfloat16", num_rows: int = 1) -> int:
+    """Bytes that one decoding step reads: the weights of every expert that a row hits, all others once, and the cache.
 
     Args:
         config: The model's.
-        num_cached: Tokens in the cache.
+        num_cached: Tokens in the cache of each row.
         weights: A key of `model_size.BYTES_PER_WEIGHT`.
+        num_rows: Rows decoded together, each of which chooses its experts by chance.
     """
     active = active_weights_by_part(config)
+    language: Any = config.language_config
+    if language.n_routed_experts:
+        share = language.num_experts_per_tok / language.n_routed_experts
+        active["experts"] = round(active["experts"] / share * (1 - (1 - share) ** num_rows))
     router = active.pop("router")
-    cache = num_cached * cache_bytes_per_token(config)
+    cache = num_rows * num_cached * cache_bytes_per_token(config)
     return round(sum(active.values()) * BYTES_PER_WEIGHT[weights] + router * ROUTER_BYTES) + cache

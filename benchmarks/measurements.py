@@ -120,7 +120,10 @@ def measure_decode(bench: Bench) -> list[Figure]:
 
 
 def measure_batch(bench: Bench) -> list[Figure]:
-    """Decoding several rows of text at once; sizes take turns, and the gain is that within one round."""
+    """Decoding several rows of text at once; sizes take turns, and the gain is that within one round.
+
+    Its limit is that of memory: rows of different texts hit different experts, so more rows read more weights.
+    """
     prompts = {size: bench.random_ids(size, BATCH_PROMPT_TOKENS) for size in BATCH_SIZES}
     rates: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
     for round_number in range(bench.repeats + 1):
@@ -129,9 +132,12 @@ def measure_batch(bench: Bench) -> list[Figure]:
             if round_number:  # the first round warms up
                 rates[size].append(size / step)
     figures = [Figure(f"batch_{size}_tokens", median(rates[size]), "tokens/s") for size in BATCH_SIZES]
+    num_cached = BATCH_PROMPT_TOKENS + bench.num_new_tokens // 2
+    alone_bytes = decode_bytes(bench.config, num_cached, bench.weights)
     for size in BATCH_SIZES[1:]:
         gain = median(rate / alone for rate, alone in zip(rates[size], rates[1], strict=True))
-        figures.append(Figure(f"batch_{size}_gain", gain, "x", float(size), gain / size))
+        limit = size * alone_bytes / decode_bytes(bench.config, num_cached, bench.weights, size)
+        figures.append(Figure(f"batch_{size}_gain", gain, "x", limit, gain / limit))
     return figures
 
 

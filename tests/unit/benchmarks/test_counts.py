@@ -50,3 +50,14 @@ def test_decoding_tiny_reads_its_active_weights():
 def test_decoding_reads_the_cache():
     config = published_config("small")
     assert decode_bytes(config, 1000) - decode_bytes(config, 0) == 1000 * 27 * 1152
+
+
+def test_rows_read_an_expert_once():
+    config = published_config("small")
+    active = active_weights_by_part(config)
+    others = decode_bytes(config, 0) - 2 * active["experts"]
+    # Of 64 experts eight rows that choose 6 each leave 64 * (58 / 64)^8 = 29.1 out.
+    assert decode_bytes(config, 0, num_rows=8) == pytest.approx(
+        others + 2 * active["experts"] * (64 - 29.12) / 6, rel=1e-4
+    )
+    assert decode_bytes(config, 100, num_rows=8) - decode_bytes(config, 0, num_rows=8) == 8 * 100 * 27 * 1152
