@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from deepseek_vl2.models import DeepseekVLV2Processor
@@ -20,7 +21,14 @@ from deepseek_vl2.models.modeling_deepseek_vl_v2 import arrange_views
 from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, choose_grid
 from deepseek_vl2.nano import questions
-from deepseek_vl2.nano.layouts import chart_scene, page_scene, table_cells, table_scene, text_scene
+from deepseek_vl2.nano.layouts import (
+    chart_scene,
+    page_scene,
+    reading_scene,
+    table_cells,
+    table_scene,
+    text_scene,
+)
 from deepseek_vl2.nano.questions import (
     MAX_COUNT,
     Example,
@@ -32,7 +40,7 @@ from deepseek_vl2.nano.questions import (
 )
 from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
 from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
-from deepseek_vl2.nano.targets import Cells, cells_and_letters, cells_of, join_cells
+from deepseek_vl2.nano.targets import Cells, cells_and_letters, cells_of, join_cells, letters_of_patches
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 
 IGNORE_ID = -100
@@ -45,6 +53,8 @@ LARGER_GRID_WEIGHTS = (1, 1, 3)
 SCENE_KINDS = {"shapes": 36, "counting": 28, "text": 15, "table": 13, "chart": 8}
 # The same where counting is practised in the end; the rest is there not to be forgotten.
 COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "chart": 4}
+# The same where reading is practised.
+READING_SCENE_KINDS = {"shapes": 24, "counting": 22, "text": 30, "table": 18, "chart": 6}
 # The same where a second picture comes later in a conversation.
 LATER_SCENE_KINDS = {"shapes": 60, "counting": 30, "chart": 10}
 # How many pictures a batch's rows have, and how often.
@@ -81,6 +91,10 @@ NUMBERED_PROBABILITY = 0.6
 # Of shapes alone: how often they are small, and how often one is marked.
 SMALL_PROBABILITY = 0.15
 MARKED_PROBABILITY = 0.15
+# Of print: how often it is one text or two, beside shapes; and how often questions about shapes and print are about
+# the print.
+FEW_TEXTS_PROBABILITY = 0.5
+TEXT_AMONG_SHAPES_PROBABILITY = 0.5
 
 
 class Pointing(NamedTuple):
@@ -207,10 +221,17 @@ class Curriculum:
 
 @dataclass
 class ViewBatch:
-    """Views without questions: views [V, 3, S, S] and what their tokens should see."""
+    """Views without questions: views [V, 3, S, S] and what their tokens and patches should see.
+
+    Attributes:
+        views: [V, 3, S, S].
+        cells: Of their image tokens.
+        patch_letters: Letter of each patch, index into `SIGNS`, -1 for none, [V, P, P].
+    """
 
     views: torch.Tensor
     cells: Cells
+    patch_letters: torch.Tensor
 
 
 class ViewBatches(Dataset[ViewBatch]):
@@ -245,6 +266,7 @@ class ViewBatches(Dataset[ViewBatch]):
         rng = split_rng(self.split, index)
         views: list[torch.Tensor] = []
         cells: list[Cells] = []
+        patches: list[NDArray[np.int64]] = []
         while len(views) < self.batch_size:
             grid = ONE_TILE if rng.random() < 0.4 else _larger_grid(rng)
             if self.page_share and rng.random() < self.page_share:
@@ -256,7 +278,9 @@ class ViewBatches(Dataset[ViewBatch]):
             chosen = [0] if grid == ONE_TILE else [0, *rng.sample(tiles, 2)]
             views += [all_views[number] for number in chosen]
             cells.append(cells_of(self.processor, scene, grid, is_by_view=True).chosen(chosen))
-        return ViewBatch(torch.stack(views), join_cells(cells))
+            num_patches = self.processor.image_size // self.processor.patch_size
+            patches.append(letters_of_patches(self.processor, scene, grid, num_patches)[chosen])
+        return ViewBatch(torch.stack(views), join_cells(cells), torch.from_numpy(np.concatenate(patches)))
 
 
 def _larger_grid(rng: random.Random) -> TileGrid:
@@ -282,6 +306,8 @@ def draw_scene(
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     size = _size_for(rng, processor, grid, is_for_text=kind in ("text", "table", "chart"))
     if kind == "text":
+        if rng.random() < FEW_TEXTS_PROBABILITY:
+            return reading_scene(rng, rng.choice(("word", "number")), size=size)
         return text_scene(rng, size=size)
     if kind == "table":
         return table_scene(rng, size=size)
@@ -399,7 +425,9 @@ def ask(
     elif table_cells(scene):
         weights = {questions.make_table: 1}
     else:
-        is_of_texts = len(scene.texts) > len(scene.shapes)
+        is_of_texts = len(scene.texts) > len(scene.shapes) or (
+            bool(scene.texts) and rng.random() < TEXT_AMONG_SHAPES_PROBABILITY
+        )
         weights = TEXT_QUESTIONS if is_of_texts else {**SHAPE_QUESTIONS, questions.make_count: count_weight}
         if not scene.texts and rng.random() < DESCRIBE_PROBABILITY:
             example = questions.make_describe(rng, scene)

@@ -37,7 +37,7 @@ STEP_RGB = (205, 205, 212)
 MAX_BAR = 10
 AXIS_LABELS = (0, 5, 10)
 # Heights of the letters of a page, and the least of a table, in pixels of the tiles.
-PAGE_LETTER_HEIGHTS = (11.0, 28.0)
+PAGE_LETTER_HEIGHTS = (13.0, 28.0)
 TABLE_LETTER_HEIGHT = 13.0
 # Of the height of a row.
 TABLE_LETTER_FRACTIONS = (0.5, 0.66)
@@ -83,8 +83,7 @@ def page_scene(rng: random.Random, *, size: Size | None = None) -> Scene:
     """Draws a page full of words and numbers in lines, all letters of about one height: most letters for a picture."""
     width, height = size = size if size is not None else random_size(rng)
     background = random_background(rng)
-    low, high = PAGE_LETTER_HEIGHTS
-    letter_height = low * (high / low) ** rng.random() / tile_scale(size)
+    letter_height = rng.uniform(*PAGE_LETTER_HEIGHTS) / tile_scale(size)
     objects: list[SceneObject] = []
     top = rng.uniform(0.2, 1.0) * letter_height
     while top + letter_height < height:

@@ -128,6 +128,7 @@ CATEGORY_SIZES = {
     "row_ids": len(ROW_NAMES),
     "column_ids": len(COLUMN_NAMES),
 }
+PRINT_CLASSES = [CELL_CLASSES.index("word"), CELL_CLASSES.index("number")]
 SIGN_COUNTS = {"letters": MAX_LETTERS_A_CELL, "text": MAX_TEXT_LENGTH}
 
 
@@ -208,6 +209,48 @@ class DenseHeads(nn.Module):
         if self.picture is not None and picture_ids is not None:
             losses["pictures"] = F.cross_entropy(self.picture(tokens).float(), picture_ids)
         return losses
+
+
+class LetterHead(nn.Module):
+    """Reads off a patch of the tower which letter it shows, if any. Only for training.
+
+    Letters are smaller than image tokens: told of single patches, they are learnt several times faster.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, len(SIGNS) + 1)
+
+    def forward(self, patches: torch.Tensor, letters: torch.Tensor) -> torch.Tensor:
+        """Loss of patches [N, C], N of all `ViewBatch.patch_letters`; those with and without letters weigh the same."""
+        wanted = letters.flatten()
+        is_letter = wanted >= 0
+        losses = F.cross_entropy(self.layer(patches).float(), wanted.where(is_letter, len(SIGNS)), reduction="none")
+        return _mean(losses[is_letter]) + _mean(losses[~is_letter])
+
+
+def views_beside_print(cells: Cells) -> list[int]:
+    """Views that show other things than print."""
+    is_other = (cells.class_ids >= 0) & ~_is_print(cells)
+    return is_other.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+
+
+def keeping_loss(tokens: torch.Tensor, earlier: torch.Tensor, cells: Cells) -> torch.Tensor:
+    """How far image tokens [V, G * G, D] went from those of an earlier tower, where nothing is printed.
+
+    Returns:
+        Mean squared distance, 1 where it is that of the earlier tokens from 0; 0 if there is nothing but print.
+    """
+    is_kept = ~_is_print(cells).flatten(1)
+    kept = earlier[is_kept].float()
+    return _mean((tokens[is_kept].float() - kept).square()) / _mean(kept.square()).clamp(min=1e-6)
+
+
+def _is_print(cells: Cells) -> torch.Tensor:
+    return torch.isin(cells.class_ids, torch.tensor(PRINT_CLASSES))
 
 
 class PointingLoss:

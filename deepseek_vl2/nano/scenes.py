@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -130,10 +130,15 @@ class SceneObject:
         prefix = self.color if self.kind == "shape" else self.kind
         return f"{prefix} {self.name}"
 
+    def letter_boxes(self) -> list[Box]:
+        """The parts of the box that the letters or digits of a text take, in pixels."""
+        x1, y1, x2, y2 = self.box
+        edges = [x1 + part * (x2 - x1) for part in _letter_edges(self.name)]
+        return [(left, y1, right, y2) for left, right in pairwise(edges)]
+
     def letter_centers(self) -> list[tuple[float, float]]:
         """Middles of the letters or digits of a text, x and y in pixels."""
-        x1, y1, x2, y2 = self.box
-        return [(x1 + part * (x2 - x1), (y1 + y2) / 2) for part in _letter_parts(self.name)]
+        return [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in self.letter_boxes()]
 
     @property
     def center(self) -> tuple[float, float]:
@@ -299,10 +304,16 @@ def _draw_shape(pen: ImageDraw.ImageDraw, item: SceneObject, scale: int) -> None
     pen.polygon([(round(x1 + x * (x2 - x1)), round(y1 + y * (y2 - y1))) for x, y in corners], fill=item.rgb)
 
 
+@lru_cache
+def _font() -> Any:
+    """Pillow's own font at a large size."""
+    return ImageFont.load_default(TEXT_MASK_SIZE)
+
+
 @lru_cache(maxsize=2048)
 def _text_mask(text: str) -> Image.Image:
-    """The ink of a text in Pillow's own font at a large size, cut tight."""
-    font = ImageFont.load_default(TEXT_MASK_SIZE)
+    """The ink of a text, large, cut tight."""
+    font = _font()
     left, top, right, bottom = font.getbbox(text)
     mask = Image.new("L", (math.ceil(right - left) + 8, math.ceil(bottom - top) + 8))
     ImageDraw.Draw(mask).text((4 - left, 4 - top), text, fill=255, font=font, stroke_width=1)
@@ -310,12 +321,11 @@ def _text_mask(text: str) -> Image.Image:
 
 
 @lru_cache(maxsize=2048)
-def _letter_parts(text: str) -> tuple[float, ...]:
-    """Middles of the letters of a text as parts of its width, 0 to 1."""
-    font = ImageFont.load_default(TEXT_MASK_SIZE)
+def _letter_edges(text: str) -> tuple[float, ...]:
+    """Where the letters of a text begin and the last one ends, as parts of its width, about 0 to 1."""
+    font = _font()
     left, _, right, _ = font.getbbox(text)
-    ends = [font.getlength(text[:count]) for count in range(len(text) + 1)]
-    return tuple(((start + end) / 2 - left) / (right - left) for start, end in pairwise(ends))
+    return tuple((font.getlength(text[:count]) - left) / (right - left) for count in range(len(text) + 1))
 
 
 def _draw_text(canvas: Image.Image, item: SceneObject, scale: int) -> None:

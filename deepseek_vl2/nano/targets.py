@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.tiling import TileGrid, letterbox, tile_boxes
 from deepseek_vl2.nano.layouts import COLUMN_NAMES, ROW_NAMES
-from deepseek_vl2.nano.scenes import COLOR_NAMES, LETTERS, SHAPE_NAMES, Scene, SceneObject
+from deepseek_vl2.nano.scenes import COLOR_NAMES, LETTERS, SHAPE_NAMES, Box, Scene, SceneObject
 
 CELL_CLASSES = (*SHAPE_NAMES, "word", "number", "bar")
 SIGNS = LETTERS + "0123456789"
@@ -23,6 +23,8 @@ MIN_LETTER_PIXELS = 10.0
 # Letters as high as this are read in the global view as well as in tiles, where they spread over many patches.
 READABLE_LETTER_PIXELS = 16.0
 MIN_COVER = 0.1
+# The same for the patch of a letter.
+MIN_LETTER_COVER = 0.25
 
 
 @dataclass
@@ -194,9 +196,16 @@ def covering_objects(
         num_cells: G.
         min_cover: Part of a cell, 0 to 1.
     """
-    if not scene.objects:
+    return covering_boxes([item.box for item in scene.objects], rectangles, num_cells, min_cover)
+
+
+def covering_boxes(
+    found: Sequence[Box], rectangles: NDArray[np.float64], num_cells: int, min_cover: float
+) -> NDArray[np.int64]:
+    """The box that covers most of each of `num_cells` by `num_cells` parts of each view; see `covering_objects`."""
+    if not found:
         return np.full((len(rectangles), num_cells, num_cells), -1)
-    boxes = np.array([item.box for item in scene.objects])  # [N, 4]
+    boxes = np.array(found)  # [N, 4]
     steps = np.arange(num_cells + 1) / num_cells
     x_edges = rectangles[:, 0, None] + steps * (rectangles[:, 2] - rectangles[:, 0])[:, None]  # [V, G + 1]
     y_edges = rectangles[:, 1, None] + steps * (rectangles[:, 3] - rectangles[:, 1])[:, None]
@@ -210,6 +219,32 @@ def _overlap(edges: NDArray[np.float64], starts: NDArray[np.float64], ends: NDAr
     """Part of every cell between two edges [V, G + 1] that every interval [N] covers, [V, G, N]."""
     low, high = edges[:, :-1, None], edges[:, 1:, None]
     return np.clip(np.minimum(high, ends) - np.maximum(low, starts), 0, None) / (high - low)
+
+
+def letters_of_patches(
+    processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, num_patches: int
+) -> NDArray[np.int64]:
+    """The letter or digit that each patch of each view shows, if it is large enough to be read.
+
+    Args:
+        processor: nano's processor.
+        scene: The scene.
+        grid: Its tiles.
+        num_patches: P, patches a side.
+
+    Returns:
+        Indices into `SIGNS`, -1 for none, [V, P, P].
+    """
+    rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
+    signs: list[int] = []
+    boxes: list[Box] = []
+    for item in scene.texts:
+        signs += [SIGNS.index(sign) for sign in item.name]
+        boxes += item.letter_boxes()
+    number = covering_boxes(boxes, rectangles, num_patches, MIN_LETTER_COVER)
+    scales = processor.image_size / (rectangles[:, 2] - rectangles[:, 0])
+    heights = np.array([y2 - y1 for _, y1, _, y2 in boxes] + [0.0])[number] * scales[:, None, None]
+    return np.where(heights >= MIN_LETTER_PIXELS, np.array([*signs, -1])[number], -1)
 
 
 def _centers(scene: Scene, rectangles: NDArray[np.float64], presence: NDArray[np.int64]) -> NDArray[np.bool_]:

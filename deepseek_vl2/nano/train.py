@@ -1,5 +1,6 @@
 """nano's training: views, letters, answers on a fixed tower, all together. Resumable, on two CPU cores."""
 
+import copy
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ from deepseek_vl2.models.cpu_features import has_fast_bfloat16
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import (
     COUNTING_SCENE_KINDS,
+    READING_SCENE_KINDS,
     SCENE_KINDS,
     SHAPE_QUESTIONS,
     AnswerBatch,
@@ -34,8 +36,11 @@ from deepseek_vl2.nano.losses import (
     READING_LAYER,
     AnswerLoss,
     DenseHeads,
+    LetterHead,
     NumberTargets,
     PointingLoss,
+    keeping_loss,
+    views_beside_print,
 )
 from deepseek_vl2.nano.muon import Muon
 from deepseek_vl2.nano.questions import make_count
@@ -49,8 +54,13 @@ OF_OBJECTS = ("class_ids", "color_ids")
 OF_VIEWS = (*OF_OBJECTS, "bar_values")
 OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids")
 FLAGS = ("is_center", "is_marked")
-STAGES = ("views", "letters", "answers", "together", "counting")
+STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading")
+# Stages whose batches are views without questions.
+VIEW_STAGES = ("views", "letters", "print")
 LOG_EVERY = 20
+# Beside the losses on image tokens.
+PATCHES_WEIGHT = 3.0
+KEEPING_WEIGHT = 3.0
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 90.0
 LAST_COUNT_WEIGHT = 200.0
@@ -112,6 +122,25 @@ def _counting_stage(num_batches: int) -> StageSettings:
     )
 
 
+def _print_stage(num_batches: int) -> StageSettings:
+    return StageSettings(num_batches, 96, 2.4e-3, 1.6e-3, warmup_batches=20, decay_share=0.6, page_share=0.7)
+
+
+def _reading_stage(num_batches: int) -> StageSettings:
+    return StageSettings(
+        num_batches,
+        32,
+        1.6e-3,
+        1.1e-3,
+        warmup_batches=20,
+        decay_share=0.7,
+        last_small_share=0.35,
+        count_weight=COUNT_WEIGHT,
+        scene_kinds=dict(READING_SCENE_KINDS),
+        pointing_weight=4.0,
+    )
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """All numbers of the training; with the same ones on the same machine it ends at the same weights.
@@ -123,6 +152,8 @@ class TrainingSettings:
         together: Everything learns answers.
         counting: Projector and language model learn on, above all to count: attention has to give all objects of a
             kind the same. The tower, which sees them by now, is fixed.
+        print: Tower and projector learn print once more, and stay the same for the language model beside it.
+        reading: Projector and language model learn answers again, a third of them about print.
         tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the losses on what tokens see, beside that of answers.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
@@ -151,6 +182,8 @@ class TrainingSettings:
         )
     )
     counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
+    print: StageSettings = field(default_factory=lambda: _print_stage(0))
+    reading: StageSettings = field(default_factory=lambda: _reading_stage(0))
     tokens_a_row: int = 160
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
@@ -179,6 +212,8 @@ class TrainingSettings:
                 count_weight=COUNT_WEIGHT,
             ),
             counting=_counting_stage(1220),
+            print=_print_stage(1200),
+            reading=_reading_stage(700),
             start_from=str(start_from),
             **numbers,
         )
@@ -229,12 +264,15 @@ class NanoTrainer:
                 "views": DenseHeads(width, targets, OF_VIEWS, ["letters"], FLAGS),
                 "scenes": DenseHeads(width, targets, OF_SCENES, ["text"], FLAGS, names_pictures=True),
                 "attended": DenseHeads(width, targets, OF_OBJECTS),
+                "patches": LetterHead(self.model.config.vision_config.width),
             }
         )
         self.model.language.set_attn_implementation(ATTENTION_NAME)
         self.states: dict[int, torch.Tensor] = {}
         for layer in (READING_LAYER, ATTENDED_LAYER):
             self.model.language.model.layers[layer].register_forward_hook(partial(self._keep_states, layer))
+        # The tower and the projector as the language model knows them, see `TrainingSettings.print`.
+        self.earlier: nn.ModuleDict | None = None
         self.stage_index = 0
         self.next_batch = 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -254,6 +292,8 @@ class NanoTrainer:
 
     def _enter_stage(self) -> None:
         """Sets what learns, with fresh optimisers."""
+        is_kept = self.stage == "print"
+        self.earlier = nn.ModuleDict(copy.deepcopy(dict(self._seeing()))).requires_grad_(False) if is_kept else None
         for name, parameter in self.model.named_parameters():
             is_tower, is_language = name.startswith("vision."), name.startswith("language.")
             is_learning = {
@@ -262,6 +302,8 @@ class NanoTrainer:
                 "answers": not is_tower,
                 "together": True,
                 "counting": not is_tower,
+                "print": not is_language,
+                "reading": not is_tower,
             }[self.stage]
             parameter.requires_grad_(is_learning)
         matrices: list[nn.Parameter] = []
@@ -281,8 +323,7 @@ class NanoTrainer:
         output_layer = self.model.get_output_embeddings()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if isinstance(batch, ViewBatch):
-                tokens = self.model.projector(self.model.vision(batch.views))
-                return _prefixed("dense", self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer))
+                return self._losses_of_views(batch)
             pointing = PointingLoss(batch)
             hidden = self.model.language.model(
                 inputs_embeds=self.model.prepare_inputs_embeds(
@@ -303,11 +344,27 @@ class NanoTrainer:
             attended = self.heads["attended"](of_tokens, batch.cells.at(pointings.attended_cells), output_layer)
             return losses | _prefixed("attended", attended)
 
+    def _losses_of_views(self, batch: ViewBatch) -> dict[str, torch.Tensor]:
+        patches = self.model.vision(batch.views)
+        tokens = self.model.projector(patches)
+        output_layer = self.model.get_output_embeddings()
+        losses = _prefixed("dense", self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer))
+        losses["patches"] = self.heads["patches"](patches.flatten(0, 1), batch.patch_letters)
+        if self.earlier is not None:
+            views = views_beside_print(batch.cells)
+            with torch.no_grad():
+                earlier = self.earlier["projector"](self.earlier["vision"](batch.views[views]))
+            losses["keeping"] = keeping_loss(tokens[views], earlier, batch.cells.chosen(views))
+        return losses
+
+    def _seeing(self) -> dict[str, nn.Module]:
+        return {"vision": self.model.vision, "projector": self.model.projector}
+
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         read = [loss for name, loss in losses.items() if name.startswith(("dense_", "attended_"))]
         dense = sum(read, torch.zeros(()))
         if "answer" not in losses:
-            return dense
+            return dense + PATCHES_WEIGHT * losses["patches"] + KEEPING_WEIGHT * losses.get("keeping", 0.0)
         pointing = self.stage_settings.pointing_weight * losses["pointing"]
         return losses["answer"] + self.settings.dense_weight * dense + pointing
 
@@ -335,6 +392,7 @@ class NanoTrainer:
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "earlier": None if self.earlier is None else self.earlier.state_dict(),
         }
         unfinished = self.folder / "state.pt.unfinished"
         torch.save(state, unfinished)
@@ -361,6 +419,8 @@ class NanoTrainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self._enter_stage()
+        if self.earlier is not None:
+            self.earlier.load_state_dict(state["earlier"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         logger.info("going on at batch %d of stage %r", self.next_batch, self.stage)
@@ -377,7 +437,7 @@ class NanoTrainer:
         settings = self.stage_settings
         dataset: Dataset
         split = f"{TRAIN_SPLIT}-{self.stage}"
-        if self.stage in ("views", "letters"):
+        if self.stage in VIEW_STAGES:
             dataset = ViewBatches(self.processor, settings.num_batches, settings.batch_size, settings.page_share, split)
         else:
             curriculum = Curriculum(

@@ -17,10 +17,13 @@ from deepseek_vl2.nano.losses import (
     COORDINATE_WEIGHT,
     AnswerLoss,
     DenseHeads,
+    LetterHead,
     NumberTargets,
     PointingLoss,
+    keeping_loss,
     pointing_attention,
     question_weights,
+    views_beside_print,
 )
 from deepseek_vl2.nano.scenes import COLOR_NAMES
 from deepseek_vl2.nano.targets import CELL_CLASSES, MAX_LETTERS_A_CELL, MAX_TEXT_LENGTH, SIGNS, Cells
@@ -525,3 +528,36 @@ def test_the_attention_that_points_is_torchs_and_moves_one_layer():
     assert has_gradient == [number <= POINTING_LAYER for number in range(len(model.layers))]
     own = model.layers[POINTING_LAYER].self_attn.q_proj.weight.grad.unflatten(0, (6, -1)).abs().sum(dim=(1, 2))
     assert (own > 0).tolist() == [True] * NUM_POINTING_HEADS + [False] * (6 - NUM_POINTING_HEADS)
+
+
+def test_letters_of_patches_weigh_as_much_as_the_many_without():
+    head = LetterHead(WIDTH)
+    letters = torch.full((1, 4, 4), -1)
+    letters[0, 0, :2] = torch.tensor([SIGNS.index("C"), SIGNS.index("7")])
+    patches = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
+    wanted = letters.flatten().where(letters.flatten() >= 0, len(SIGNS))
+    losses = F.cross_entropy(head.layer(patches), wanted, reduction="none")
+    expected = losses[:2].mean() + losses[2:].mean()
+    torch.testing.assert_close(head(patches, letters), expected)
+
+
+def cells_of_classes(class_ids):
+    return Cells(**{field.name: None for field in fields(Cells)} | {"class_ids": torch.tensor(class_ids)})
+
+
+def test_views_with_more_than_print_are_found():
+    word, number, bar = (CELL_CLASSES.index(name) for name in ("word", "number", "bar"))
+    cells = cells_of_classes([[[-1, word]], [[0, number]], [[-1, -1]], [[bar, -1]]])
+    assert views_beside_print(cells) == [1, 3]
+
+
+def test_tokens_are_kept_where_nothing_is_printed():
+    cells = cells_of_classes([[[CELL_CLASSES.index("word"), 0], [CELL_CLASSES.index("number"), -1]]])
+    earlier = torch.full((1, 4, WIDTH), 2.0)
+    tokens = earlier.clone()
+    tokens[0, [0, 2]] = 9.0
+    assert keeping_loss(tokens, earlier, cells).item() == 0
+    tokens[0, 1] = 3.0
+    assert keeping_loss(tokens, earlier, cells).item() == pytest.approx(0.5 / 4)
+    nothing = keeping_loss(tokens[:0], earlier[:0], replace(cells, class_ids=cells.class_ids[:0]))
+    assert nothing.item() == 0

@@ -21,14 +21,15 @@ from deepseek_vl2.nano.train import STAGES, NanoTrainer, StageSettings, Training
 NUM_BATCHES = 3
 OF_CELLS = {"class_ids", "color_ids", "bar_values", "is_center", "is_marked", "boxes"}
 LOSSES = {
-    "views": {f"dense_{name}" for name in OF_CELLS | {"letters"}},
+    "views": {f"dense_{name}" for name in OF_CELLS | {"letters"}} | {"patches"},
     "answers": {f"dense_{name}" for name in OF_CELLS | {"text", "row_ids", "column_ids"}},
 }
 LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
 LOSSES["answers"] |= {"dense_pictures"}
 LOSSES["answers"] |= {f"attended_{name}" for name in ("class_ids", "color_ids", "boxes")}
 LOSSES["letters"] = LOSSES["views"]
-LOSSES["together"] = LOSSES["counting"] = LOSSES["answers"]
+LOSSES["together"] = LOSSES["counting"] = LOSSES["reading"] = LOSSES["answers"]
+LOSSES["print"] = LOSSES["views"] | {"keeping"}
 
 
 class StoppedError(Exception):
@@ -98,13 +99,14 @@ def test_all_stages_run_and_log(undisturbed):
     assert is_same(state["model"], trainer.model.state_dict())
 
 
-def test_the_tower_is_fixed_while_answers_begin_and_counting_is_practised(undisturbed):
+def test_the_tower_is_fixed_while_answers_begin_and_while_counting_and_reading_are_practised(undisturbed):
     _, trainer, _, snapshots = undisturbed
     end = {name: tensor for name, tensor in weights(trainer).items() if name.startswith("vision.")}
     before_step = [*snapshots, end]
     moved = [not is_same(before, after) for before, after in pairwise(before_step)]
     # The last step of a stage has the size 0: by design it moves nothing where `last_factor` is 0.
-    assert moved == [True, True, False] * 2 + [False] * 3 + [True, True, False] + [False] * 3
+    learns, rests = [True, True, False], [False] * 3
+    assert moved == learns * 2 + rests + learns + rests + learns + rests
 
 
 def test_everything_else_learns(undisturbed):
@@ -159,7 +161,8 @@ def test_a_killed_process_goes_on_at_the_same_bits(undisturbed, tmp_path, reposi
         done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=300)
     assert done.returncode == -signal.SIGKILL, errors.read_text()
     trainer, stages, _ = run(tmp_path / "run", monkeypatch)
-    assert stages == ["answers"] + ["together"] * NUM_BATCHES + ["counting"] * NUM_BATCHES
+    later = STAGES[STAGES.index("answers") + 1 :]
+    assert stages == ["answers"] + [name for name in later for _ in range(NUM_BATCHES)]
     assert is_same(weights(trainer), weights(undisturbed[1]))
 
 
@@ -228,7 +231,9 @@ def test_scaled_settings_keep_everything_but_the_length():
         assert getattr(part, name) == replace(stage, **shorter)
     assert replace(part, **{name: getattr(whole, name) for name in STAGES}) == whole
     assert whole.scaled(1.0) == whole
-    assert [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES] == [1] * len(STAGES)
+    lengths = [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES]
+    assert lengths == [min(1, getattr(whole, name).num_batches) for name in STAGES]
+    assert sum(lengths) == 5
 
 
 class FakeTrainer:
@@ -278,9 +283,23 @@ def test_growing_starts_from_an_earlier_edition_and_takes_the_shorter_way(tmp_pa
     settings = TrainingSettings.of_growth(tmp_path / "checkpoint", num_threads=1, tokens_a_row=60)
     stages = {name: replace(getattr(settings.scaled(1e-9), name), batch_size=4) for name in STAGES}
     _, learnt, snapshots = run(tmp_path / "run", monkeypatch, settings=replace(settings, **stages))
-    assert learnt == ["letters", "together", "counting"]
+    assert learnt == ["letters", "together", "counting", "print", "reading"]
     for name, tensor in snapshots[0].items():
         torch.testing.assert_close(tensor, weights(earlier)[name].bfloat16().float())
+
+
+def test_the_tower_that_print_is_learnt_beside_stays_the_same_when_going_on(tmp_path, monkeypatch):
+    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES if name != "print"}
+    settings = small_settings(**none, save_every=1)
+    trainer, stages, _ = run(tmp_path, monkeypatch, 2, settings)
+    assert stages == ["print"] * 2
+    before = {name: tensor.clone() for name, tensor in trainer.earlier.state_dict().items()}
+    again = NanoTrainer(settings, tmp_path)
+    again.load_state()
+    assert again.next_batch == 2 and is_same(again.earlier.state_dict(), before)
+    assert not is_same(before, {name: weights(again)[name] for name in before})
+    fresh = NanoTrainer(settings, tmp_path / "fresh")
+    assert is_same(before, {name: weights(fresh)[name] for name in before})
 
 
 @pytest.mark.parametrize(("is_fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -25,6 +25,7 @@ from deepseek_vl2.nano.targets import (
     covering_objects,
     join_cells,
     letter_places,
+    letters_of_patches,
     view_rectangles,
 )
 
@@ -232,6 +233,30 @@ def test_charts_tell_values_of_bars_and_of_their_letters(processor):
             assert (cells.color_ids[is_own] == expected).all()
         assert seen == {"bar", "word", "number"}
         assert torch.equal(cells.class_ids == CELL_CLASSES.index("bar"), cells.color_ids >= 0)
+
+
+def test_letters_of_patches_by_hand(processor):
+    """Letters from 20 to 50, 78 and 104 across, in a lower left tile of patches of 14 pixels."""
+    word = object_at((20.0, 170.0, 104.0, 194.0), "CAT", "dark", "word")
+    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO, 8)
+    rows = ["".join(SIGNS[number] if number >= 0 else "." for number in row) for row in found[3].tolist()]
+    # The tile's first row of pixels is 112 of the picture, so the word lies from 58 to 82: patches 4 and 5.
+    assert rows[:4] == ["........"] * 4 and rows[6:] == ["........"] * 2
+    assert rows[4] == rows[5] == ".CCCAATT"
+    assert (found[[1, 2, 4]] == -1).all()
+    # In the global view letters are 12 pixels high: above the least.
+    assert sorted(set(found[0].flatten().tolist()) - {-1}) == sorted(SIGNS.index(sign) for sign in "CAT")
+
+
+def test_letters_too_low_to_be_read_are_asked_of_no_patch(processor):
+    word = object_at((20.0, 170.0, 90.0, 188.0), "CAT", "dark", "word")  # 18 pixels, 9 in the global view
+    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO, 8)
+    assert (found[0] == -1).all() and (found[3] >= 0).any()
+
+
+def test_a_scene_without_print_has_no_letters(processor):
+    found = letters_of_patches(processor, scene_of(object_at((20.0, 20.0, 90.0, 90.0))), ONE_TILE, 8)
+    assert found.shape == (2, 8, 8) and (found == -1).all()
 
 
 def test_letters_by_hand(processor):
