@@ -29,7 +29,8 @@ def nano_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekVLV2Config:
             mlp_ratio=4.0,
             global_pool="",
         ),
-        projector_config=MlpProjectorConfig(input_dim=WIDTH, n_embed=WIDTH),
+        # Four patches with a letter each have to pass through its hidden layer.
+        projector_config=MlpProjectorConfig(input_dim=WIDTH, n_embed=WIDTH, mlp_ratio=4),
         language_config=DeepseekV2Config(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,

@@ -17,6 +17,7 @@ TOKENS = {
     "dense_class_ids": "class",
     "dense_color_ids": "color",
     "dense_boxes": "box",
+    "patches": "letters by patch",
     "dense_letters": "letters",
     "dense_text": "letters by place",
     "dense_bar_values": "value of bars",

@@ -9,7 +9,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
 TOKEN_TABLES = ("language.model.embed_tokens.weight", "language.lm_head.weight")
 # Layers that write into the stream from which all others read. Where they are 0 a new part changes nothing yet.
-WRITING_LAYERS = ("o_proj.weight", "down_proj", "down_proj.weight", "fc2.weight")
+WRITING_LAYERS = ("o_proj.weight", "down_proj", "down_proj.weight", "fc2.weight", "projector.layers.2.weight")
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ class TrainingSettings:
             ),
             counting=_counting_stage(1220),
             print=_print_stage(1200),
-            reading=_reading_stage(700),
+            reading=_reading_stage(550),
             start_from=str(start_from),
             **numbers,
         )

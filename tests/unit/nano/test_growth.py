@@ -12,13 +12,14 @@ EARLIER_VOCAB_SIZE = 1600
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
-    """An edition with fewer tokens, fewer layers and a narrower tower: its tokenizer, its model and its folder."""
+    """An edition with fewer tokens and layers, a narrower tower and projector: its tokenizer, model and folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "VOCAB_SIZE", EARLIER_VOCAB_SIZE)
         words = tokenizer.build_tokenizer()
     config = architecture.nano_config(words)
     config.language_config.num_hidden_layers -= 2
     config.vision_config.mlp_ratio = 2.5
+    config.projector_config.mlp_ratio = 1
     torch.manual_seed(3)
     model = DeepseekVLV2ForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("earlier")
@@ -50,9 +51,11 @@ def test_it_computes_what_the_earlier_one_did(earlier, grown):
 
 
 @torch.no_grad()
-def test_the_wider_tower_sees_the_same(earlier, grown):
+def test_the_wider_tower_and_projector_see_the_same(earlier, grown):
     views = torch.rand(2, 3, 112, 112)
-    torch.testing.assert_close(grown[1].vision(views), earlier[1].vision(views))
+    patches = grown[1].vision(views)
+    torch.testing.assert_close(patches, earlier[1].vision(views))
+    torch.testing.assert_close(grown[1].projector(patches), earlier[1].projector(patches))
 
 
 def test_a_text_that_was_several_tokens_begins_as_their_mean(earlier, grown):

@@ -1,4 +1,4 @@
-"""nano's configuration, processor and starting weights: the published kinds of layers, in 14 MB."""
+"""nano's configuration, processor and starting weights: the published kinds of layers, in 15 MB."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from deepseek_vl2.models.tiling import TileGrid, choose_grid, num_image_tokens
 from deepseek_vl2.nano.architecture import CANDIDATE_RESOLUTIONS, nano_config, nano_processor, untrained_nano
 from deepseek_vl2.nano.tokenizer import number_token_ids
 
-MAX_PARAMETERS = 7_000_000  # 14 MB in bfloat16
+MAX_PARAMETERS = 7_500_000  # 15 MB in bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model(processor):
     return untrained_nano(processor.tokenizer, seed=3)
 
 
-def test_it_fits_in_14_megabytes(model):
+def test_it_fits_in_15_megabytes(model):
     assert 6_000_000 < sum(parameter.numel() for parameter in model.parameters()) <= MAX_PARAMETERS
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

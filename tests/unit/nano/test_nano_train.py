@@ -210,7 +210,7 @@ def test_checkpoint_is_the_model_in_bfloat16(undisturbed, tmp_path):
         found = loaded.state_dict()[name]
         assert torch.equal(found, tensor.to(found.dtype)), name
     assert DeepseekVLV2Processor.from_pretrained(tmp_path).image_size == 112
-    assert (tmp_path / "model.safetensors").stat().st_size <= 14_000_000
+    assert (tmp_path / "model.safetensors").stat().st_size <= 15_000_000
 
 
 def test_steps_grow_stay_and_shrink():
