@@ -19,26 +19,22 @@ from torch.utils.data import Dataset
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.modeling_deepseek_vl_v2 import arrange_views
 from deepseek_vl2.models.special_tokens import ASSISTANT, USER
-from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, choose_grid
+from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid
 from deepseek_vl2.nano import questions
+from deepseek_vl2.nano.drawing import LATER_SCENE_KINDS, ONE_TILE, SCENE_KINDS, draw_scene, larger_grid, size_for
 from deepseek_vl2.nano.layouts import (
-    chart_scene,
     page_scene,
-    reading_scene,
     table_cells,
-    table_scene,
-    text_scene,
 )
 from deepseek_vl2.nano.questions import (
     MAX_COUNT,
     Example,
     Piece,
     Target,
-    counting_scene,
     num_new_pictures,
     split_rng,
 )
-from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
+from deepseek_vl2.nano.scenes import Scene
 from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
 from deepseek_vl2.nano.targets import Cells, cells_and_letters, cells_of, join_cells, letters_of_patches
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
@@ -46,17 +42,6 @@ from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 IGNORE_ID = -100
 # Attention that counts n objects leaves 3 / (n + 3) with the beginning, so that what it brings together tells n.
 BEGINNING_SHARE = 3.0
-ONE_TILE = TileGrid(1, 1)
-LARGER_GRIDS = (TileGrid(1, 2), TileGrid(2, 1), TileGrid(2, 2))
-LARGER_GRID_WEIGHTS = (1, 1, 3)
-# What pictures show, and how often.
-SCENE_KINDS = {"shapes": 36, "counting": 28, "text": 15, "table": 13, "chart": 8}
-# The same where counting is practised in the end; the rest is there not to be forgotten.
-COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "chart": 4}
-# The same where reading is practised.
-READING_SCENE_KINDS = {"shapes": 24, "counting": 22, "text": 30, "table": 18, "chart": 6}
-# The same where a second picture comes later in a conversation.
-LATER_SCENE_KINDS = {"shapes": 60, "counting": 30, "chart": 10}
 # How many pictures a batch's rows have, and how often.
 NUM_PICTURES = {1: 76, 2: 10, 3: 14}
 # How often each question is asked of shapes, beside a description once in a while.
@@ -88,12 +73,7 @@ NUM_EARLIER = {1: 7, 2: 3}
 # Of rows of two pictures: how often the second picture comes later in a conversation.
 LATER_PICTURE_PROBABILITY = 0.5
 NUMBERED_PROBABILITY = 0.6
-# Of shapes alone: how often they are small, and how often one is marked.
-SMALL_PROBABILITY = 0.15
-MARKED_PROBABILITY = 0.15
-# Of print: how often it is one text or two, beside shapes; and how often questions about shapes and print are about
-# the print.
-FEW_TEXTS_PROBABILITY = 0.5
+# How often questions about a picture of shapes and print are about the print.
 TEXT_AMONG_SHAPES_PROBABILITY = 0.5
 
 
@@ -268,9 +248,9 @@ class ViewBatches(Dataset[ViewBatch]):
         cells: list[Cells] = []
         patches: list[NDArray[np.int64]] = []
         while len(views) < self.batch_size:
-            grid = ONE_TILE if rng.random() < 0.4 else _larger_grid(rng)
+            grid = ONE_TILE if rng.random() < 0.4 else larger_grid(rng)
             if self.page_share and rng.random() < self.page_share:
-                scene = page_scene(rng, size=_size_for(rng, self.processor, grid, is_for_text=True))
+                scene = page_scene(rng, size=size_for(rng, self.processor, grid, is_for_text=True))
             else:
                 scene = draw_scene(rng, self.processor, grid, (1, MAX_COUNT), SCENE_KINDS)
             all_views = self.processor.image_transform.views(scene.draw(), grid, self.processor.image_size)
@@ -281,58 +261,6 @@ class ViewBatches(Dataset[ViewBatch]):
             num_patches = self.processor.image_size // self.processor.patch_size
             patches.append(letters_of_patches(self.processor, scene, grid, num_patches)[chosen])
         return ViewBatch(torch.stack(views), join_cells(cells), torch.from_numpy(np.concatenate(patches)))
-
-
-def _larger_grid(rng: random.Random) -> TileGrid:
-    return rng.choices(LARGER_GRIDS, LARGER_GRID_WEIGHTS)[0]
-
-
-def draw_scene(
-    rng: random.Random,
-    processor: DeepseekVLV2Processor,
-    grid: TileGrid,
-    num_objects: tuple[int, int],
-    kinds: Mapping[str, int] = SCENE_KINDS,
-) -> Scene:
-    """Draws a scene whose picture is tiled to a grid.
-
-    Args:
-        rng: Source of chance.
-        processor: nano's processor.
-        grid: The tiles.
-        num_objects: Fewest and most objects, where shapes are shown.
-        kinds: What it shows, and how often.
-    """
-    kind = rng.choices(list(kinds), list(kinds.values()))[0]
-    size = _size_for(rng, processor, grid, is_for_text=kind in ("text", "table", "chart"))
-    if kind == "text":
-        if rng.random() < FEW_TEXTS_PROBABILITY:
-            return reading_scene(rng, rng.choice(("word", "number")), size=size)
-        return text_scene(rng, size=size)
-    if kind == "table":
-        return table_scene(rng, size=size)
-    if kind == "chart":
-        return chart_scene(rng, size=size)
-    if kind == "counting":
-        return counting_scene(rng, rng.randint(1, min(MAX_COUNT, num_objects[1])), size=size)
-    if grid != ONE_TILE and rng.random() < SMALL_PROBABILITY:
-        return small_scene(rng, size=size)
-    scene = random_scene(rng, size=size, num_objects=num_objects)
-    return mark_object(rng, scene) if rng.random() < MARKED_PROBABILITY else scene
-
-
-def _size_for(rng: random.Random, processor: DeepseekVLV2Processor, grid: TileGrid, is_for_text: bool) -> Size:
-    """A picture size that is tiled to a grid; of one tile mostly full ones for text, to be readable."""
-    side = processor.image_size
-    while True:
-        if grid != ONE_TILE:
-            size = random_size(rng)
-        elif rng.random() < (0.7 if is_for_text else 0.3):
-            size = (side, side)
-        else:
-            size = (rng.randint(side // 2, side), rng.randint(side // 2, side))
-        if choose_grid(size, 1, side, processor.candidate_resolutions) == grid:
-            return size
 
 
 class AnswerBatches(Dataset[AnswerBatch]):
@@ -371,7 +299,7 @@ class AnswerBatches(Dataset[AnswerBatch]):
         num_rows = max(1, self.batch_size // 2) if num_pictures == 2 and not is_small else self.batch_size
         rows: list[dict[str, Any]] = []
         while len(rows) < num_rows:
-            grids = [ONE_TILE if is_small else _larger_grid(rng) for _ in range(num_pictures)]
+            grids = [ONE_TILE if is_small else larger_grid(rng) for _ in range(num_pictures)]
             scenes, examples = self._ask(rng, grids, self.curriculum.num_objects(index))
             is_numbered = num_pictures == 3 and rng.random() < NUMBERED_PROBABILITY
             row = encode_row(self.processor, scenes, examples, self.max_tokens, is_numbered)
@@ -389,7 +317,7 @@ class AnswerBatches(Dataset[AnswerBatch]):
         if len(grids) == 2 and rng.random() < LATER_PICTURE_PROBABILITY:
             return self._ask_later(rng, grids, num_objects)
         scenes: Sequence[Scene]
-        sizes = [_size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
+        sizes = [size_for(rng, self.processor, grid, is_for_text=False) for grid in grids]
         if len(grids) == 2:
             scenes = in_context_scenes(rng, sizes=sizes, num_objects=(1, max(2, num_objects[1] - 1)))
             found = [make_in_context(rng, scenes)]

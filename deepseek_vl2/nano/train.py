@@ -19,9 +19,6 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.cpu_features import has_fast_bfloat16
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import (
-    COUNTING_SCENE_KINDS,
-    READING_SCENE_KINDS,
-    SCENE_KINDS,
     SHAPE_QUESTIONS,
     AnswerBatch,
     AnswerBatches,
@@ -29,6 +26,7 @@ from deepseek_vl2.nano.batches import (
     ViewBatch,
     ViewBatches,
 )
+from deepseek_vl2.nano.drawing import COUNTING_SCENE_KINDS, READING_SCENE_KINDS, SCENE_KINDS
 from deepseek_vl2.nano.growth import grow_from
 from deepseek_vl2.nano.losses import (
     ATTENDED_LAYER,

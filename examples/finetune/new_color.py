@@ -21,7 +21,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from deepseek_vl2.nano.architecture import nano_processor
-from deepseek_vl2.nano.batches import LARGER_GRIDS, ONE_TILE, ask, draw_scene
+from deepseek_vl2.nano.batches import ask
+from deepseek_vl2.nano.drawing import LARGER_GRIDS, ONE_TILE, draw_scene
 from deepseek_vl2.nano.evaluate import evaluate_file, write_examples
 from deepseek_vl2.nano.questions import Example, make_color, make_locate, make_shape, split_rng
 from deepseek_vl2.nano.scenes import COLOR_JITTER, Scene, random_scene

@@ -14,8 +14,6 @@ from deepseek_vl2.nano.batches import (
     BEGINNING_SHARE,
     CHART_QUESTIONS,
     IGNORE_ID,
-    LARGER_GRIDS,
-    ONE_TILE,
     SHAPE_QUESTIONS,
     TEXT_QUESTIONS,
     AnswerBatches,
@@ -25,9 +23,9 @@ from deepseek_vl2.nano.batches import (
     ask,
     cell_places,
     collate,
-    draw_scene,
     encode_row,
 )
+from deepseek_vl2.nano.drawing import LARGER_GRIDS, ONE_TILE, draw_scene
 from deepseek_vl2.nano.questions import (
     Example,
     Piece,
@@ -340,7 +338,7 @@ def test_attention_is_told_to_go_where_the_next_token_is_seen(processor, monkeyp
     monkeypatch.setattr(batches, "NUM_PICTURES", {num_pictures: 1})
     compared = set()
     dataset = answer_batches(processor, small_share=0.2, split="test-pointing", batch_size=6)
-    for index in range(7 if num_pictures == 1 else 2):
+    for index in range(14 if num_pictures == 1 else 2):
         batch = dataset[index]
         pointings, firsts = batch.pointings, torch.bincount(batch.cell_rows).cumsum(0).roll(1)
         firsts[0] = 0

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from deepseek_vl2.models.tiling import TileGrid, letterbox
 from deepseek_vl2.nano.architecture import nano_processor
-from deepseek_vl2.nano.batches import LARGER_GRIDS, ONE_TILE, draw_scene
+from deepseek_vl2.nano.drawing import LARGER_GRIDS, ONE_TILE, draw_scene
 from deepseek_vl2.nano.layouts import COLUMN_NAMES, ROW_NAMES, chart_scene, table_cells, table_scene, text_scene
 from deepseek_vl2.nano.questions import split_rng
 from deepseek_vl2.nano.scenes import COLOR_NAMES, LETTERS, SHAPE_NAMES, WORDS, Background, Scene, SceneObject

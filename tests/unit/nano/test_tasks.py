@@ -9,7 +9,8 @@ import pytest
 from deepseek_vl2.evaluate.tasks import TASKS as EVALUATIONS
 from deepseek_vl2.models.tiling import TileGrid, choose_grid
 from deepseek_vl2.nano.architecture import CANDIDATE_RESOLUTIONS, VIEW_SIDE, nano_processor
-from deepseek_vl2.nano.batches import LARGER_GRIDS, ONE_TILE, ask, draw_scene
+from deepseek_vl2.nano.batches import ask
+from deepseek_vl2.nano.drawing import LARGER_GRIDS, ONE_TILE, draw_scene
 from deepseek_vl2.nano.questions import MAX_COUNT, num_new_pictures, split_rng
 from deepseek_vl2.nano.scenes import HELD_OUT_WORDS, TRAIN_WORDS
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, TRAIN_SPLIT, NanoTask, example_at
