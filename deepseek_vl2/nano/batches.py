@@ -22,10 +22,7 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid
 from deepseek_vl2.nano import questions
 from deepseek_vl2.nano.drawing import LATER_SCENE_KINDS, ONE_TILE, SCENE_KINDS, draw_scene, larger_grid, size_for
-from deepseek_vl2.nano.layouts import (
-    page_scene,
-    table_cells,
-)
+from deepseek_vl2.nano.layouts import page_scene, table_cells
 from deepseek_vl2.nano.questions import (
     MAX_COUNT,
     Example,

@@ -1,4 +1,4 @@
-"""nano's training: views, letters, answers on a fixed tower, all together. Resumable, on two CPU cores."""
+"""nano's training in stages, from single views over answers to counting and reading. Resumable, on two CPU cores."""
 
 import copy
 import json
@@ -105,17 +105,25 @@ class StageSettings:
         return max(0.0, min(1.0, (batch + 1) / self.warmup_batches, decay))
 
 
-def _counting_stage(num_batches: int) -> StageSettings:
+def _practising_stage(num_batches: int, scene_kinds: dict[str, int], **numbers: float) -> StageSettings:
     return StageSettings(
         num_batches,
         32,
         1.6e-3,
         1.1e-3,
+        last_small_share=0.35,
+        scene_kinds=dict(scene_kinds),
+        **numbers,  # type: ignore[arg-type]
+    )
+
+
+def _counting_stage(num_batches: int) -> StageSettings:
+    return _practising_stage(
+        num_batches,
+        COUNTING_SCENE_KINDS,
         warmup_batches=10,
         decay_share=1.0,
-        last_small_share=0.35,
         count_weight=LAST_COUNT_WEIGHT,
-        scene_kinds=dict(COUNTING_SCENE_KINDS),
         pointing_weight=8.0,
     )
 
@@ -125,16 +133,12 @@ def _print_stage(num_batches: int) -> StageSettings:
 
 
 def _reading_stage(num_batches: int) -> StageSettings:
-    return StageSettings(
+    return _practising_stage(
         num_batches,
-        32,
-        1.6e-3,
-        1.1e-3,
+        READING_SCENE_KINDS,
         warmup_batches=20,
         decay_share=0.7,
-        last_small_share=0.35,
         count_weight=COUNT_WEIGHT,
-        scene_kinds=dict(READING_SCENE_KINDS),
         pointing_weight=4.0,
     )
 
