@@ -130,6 +130,7 @@ class Visitor:
         """Begins a new conversation."""
         self.page.locator("#new").click()
         self.page.wait_for_selector("#chat button.example")
+        assert self.answers.count() == 0
 
     def message(self):
         """What the page says about the last question."""

@@ -147,6 +147,18 @@ def test_the_last_turn_can_be_repeated_changed_and_removed(visitor, slow_model, 
     assert visitor.textarea.input_value() == ""
 
 
+def test_new_at_any_moment_of_an_answer(visitor):
+    page = visitor.page
+    for delay in range(0, 240, 16):
+        visitor.send("What color is the star?")
+        page.wait_for_selector("#chat .message.user")
+        page.wait_for_timeout(delay)
+        page.evaluate("document.querySelector('#new').click()")
+        page.wait_for_selector("#chat button.example")
+        page.wait_for_timeout(300)  # for what may come too late
+        assert page.locator("#chat .message").count() == 0
+
+
 def test_words_can_be_copied_as_they_were_written(visit):
     visitor = visit(permissions=["clipboard-read", "clipboard-write"])
     for words in (WHERE, "<b>bold</b> &lt; a & b"):

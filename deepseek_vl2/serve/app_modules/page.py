@@ -190,11 +190,11 @@ class Demo:
         self.chat.retry(self.regenerate, values, **answering)
         self.chat.edit(self.ask_edited, values, **answering)
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
-        self.chat.undo(self.take_back, None, [self.chat, self.status, self.question], **at_once)
         self.question.stop(self.stop, None, None, **at_once)
-        gr.on(
-            [self.new.click, self.chat.clear], self.start_anew, None, [self.chat, self.status, self.question], **at_once
-        )
+        # Through the queue as the answers, or the end of one that came a little later would be shown again.
+        in_turn: dict[str, Any] = {**answering, "outputs": [self.chat, self.status, self.question]}
+        self.chat.undo(self.take_back, None, **in_turn)
+        gr.on([self.new.click, self.chat.clear], self.start_anew, None, **in_turn)
         labelled = [self.heading, self.new, self.language, self.theme, self.model_state, self.chat, self.question]
         labelled += [self.accordion, *values]
         set_language: dict[str, Any] = {**private, "fn": None, "js": _SET_LANGUAGE}
