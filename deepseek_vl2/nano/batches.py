@@ -204,11 +204,13 @@ class ViewBatch:
         views: [V, 3, S, S].
         cells: Of their image tokens.
         patch_letters: Letter of each patch, index into `SIGNS`, -1 for none, [V, P, P].
+        patch_places: Place of that letter in its text, -1 where it cannot be known, [V, P, P].
     """
 
     views: torch.Tensor
     cells: Cells
     patch_letters: torch.Tensor
+    patch_places: torch.Tensor
 
 
 class ViewBatches(Dataset[ViewBatch]):
@@ -243,7 +245,8 @@ class ViewBatches(Dataset[ViewBatch]):
         rng = split_rng(self.split, index)
         views: list[torch.Tensor] = []
         cells: list[Cells] = []
-        patches: list[NDArray[np.int64]] = []
+        letters: list[NDArray[np.int64]] = []
+        places: list[NDArray[np.int64]] = []
         while len(views) < self.batch_size:
             grid = ONE_TILE if rng.random() < 0.4 else larger_grid(rng)
             if self.page_share and rng.random() < self.page_share:
@@ -255,9 +258,11 @@ class ViewBatches(Dataset[ViewBatch]):
             chosen = [0] if grid == ONE_TILE else [0, *rng.sample(tiles, 2)]
             views += [all_views[number] for number in chosen]
             cells.append(cells_of(self.processor, scene, grid, is_by_view=True).chosen(chosen))
-            num_patches = self.processor.image_size // self.processor.patch_size
-            patches.append(letters_of_patches(self.processor, scene, grid, num_patches)[chosen])
-        return ViewBatch(torch.stack(views), join_cells(cells), torch.from_numpy(np.concatenate(patches)))
+            found = letters_of_patches(self.processor, scene, grid)
+            letters.append(found.signs[chosen])
+            places.append(found.places[chosen])
+        of_patches = (torch.from_numpy(np.concatenate(own)) for own in (letters, places))
+        return ViewBatch(torch.stack(views), join_cells(cells), *of_patches)
 
 
 class AnswerBatches(Dataset[AnswerBatch]):

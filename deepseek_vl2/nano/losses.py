@@ -212,9 +212,10 @@ class DenseHeads(nn.Module):
 
 
 class LetterHead(nn.Module):
-    """Reads off a patch of the tower which letter it shows, if any. Only for training.
+    """Reads off a patch of the tower which letter it shows, if any, and its place in its text. Only for training.
 
-    Letters are smaller than image tokens: told of single patches, they are learnt several times faster.
+    Letters are smaller than image tokens: told of single patches, they are learnt several times faster. And the tower
+    sees a text from both ends, where the language model only looks back.
 
     Args:
         width: C.
@@ -222,14 +223,25 @@ class LetterHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, len(SIGNS) + 1)
+        self.letter = nn.Linear(width, len(SIGNS) + 1)
+        self.place = nn.Linear(width, MAX_TEXT_LENGTH)
 
-    def forward(self, patches: torch.Tensor, letters: torch.Tensor) -> torch.Tensor:
-        """Loss of patches [N, C], N of all `ViewBatch.patch_letters`; those with and without letters weigh the same."""
+    def forward(self, patches: torch.Tensor, letters: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of patches [N, C], N of all `ViewBatch.patch_letters`; those with and without letters weigh the same.
+
+        Args:
+            patches: Of the tower.
+            letters: See `ViewBatch.patch_letters`.
+            places: See `ViewBatch.patch_places`.
+        """
         wanted = letters.flatten()
         is_letter = wanted >= 0
-        losses = F.cross_entropy(self.layer(patches).float(), wanted.where(is_letter, len(SIGNS)), reduction="none")
-        return _mean(losses[is_letter]) + _mean(losses[~is_letter])
+        losses = F.cross_entropy(self.letter(patches).float(), wanted.where(is_letter, len(SIGNS)), reduction="none")
+        is_placed = places.flatten() >= 0
+        of_places = F.cross_entropy(
+            self.place(patches[is_placed]).float(), places.flatten()[is_placed], reduction="none"
+        )
+        return {"letters": _mean(losses[is_letter]) + _mean(losses[~is_letter]), "places": _mean(of_places)}
 
 
 def views_beside_print(cells: Cells) -> list[int]:

@@ -221,30 +221,46 @@ def _overlap(edges: NDArray[np.float64], starts: NDArray[np.float64], ends: NDAr
     return np.clip(np.minimum(high, ends) - np.maximum(low, starts), 0, None) / (high - low)
 
 
-def letters_of_patches(
-    processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid, num_patches: int
-) -> NDArray[np.int64]:
-    """The letter or digit that each patch of each view shows, if it is large enough to be read.
+class PatchLetters(NamedTuple):
+    """The letter or digit that each patch of each view shows, if it is large enough to be read. P patches a side.
+
+    Attributes:
+        signs: Indices into `SIGNS`, -1 for none, [V, P, P].
+        places: Its place in its text, -1 for none and where the text begins outside the view, [V, P, P].
+    """
+
+    signs: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+
+def letters_of_patches(processor: DeepseekVLV2Processor, scene: Scene, grid: TileGrid) -> PatchLetters:
+    """Finds the letters that patches show.
 
     Args:
         processor: nano's processor.
         scene: The scene.
         grid: Its tiles.
-        num_patches: P, patches a side.
-
-    Returns:
-        Indices into `SIGNS`, -1 for none, [V, P, P].
     """
     rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
     signs: list[int] = []
+    places: list[int] = []
+    starts: list[float] = []
     boxes: list[Box] = []
     for item in scene.texts:
         signs += [SIGNS.index(sign) for sign in item.name]
+        places += range(len(item.name))
+        starts += [item.box[0]] * len(item.name)
         boxes += item.letter_boxes()
-    number = covering_boxes(boxes, rectangles, num_patches, MIN_LETTER_COVER)
+    number = covering_boxes(boxes, rectangles, processor.image_size // processor.patch_size, MIN_LETTER_COVER)
     scales = processor.image_size / (rectangles[:, 2] - rectangles[:, 0])
     heights = np.array([y2 - y1 for _, y1, _, y2 in boxes] + [0.0])[number] * scales[:, None, None]
-    return np.where(heights >= MIN_LETTER_PIXELS, np.array([*signs, -1])[number], -1)
+    is_read = heights >= MIN_LETTER_PIXELS
+    # Up to a pixel of the first letter may be missing.
+    begins = np.array([*starts, 0.0])[number] >= rectangles[:, 0, None, None] - 1 / scales[:, None, None]
+    return PatchLetters(
+        np.where(is_read, np.array([*signs, -1])[number], -1),
+        np.where(is_read & begins, np.array([*places, -1])[number], -1),
+    )
 
 
 def _centers(scene: Scene, rectangles: NDArray[np.float64], presence: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -82,6 +82,7 @@ class StageSettings:
         page_share: How often a picture is a page of text, where views are learnt from.
         scene_kinds: What single pictures show, and how often, where answers are learnt.
         pointing_weight: Weight of the loss on where attention goes, beside that of answers.
+        text_weight: Weight of the loss on letters by their place, among those on what tokens see.
     """
 
     num_batches: int
@@ -97,6 +98,7 @@ class StageSettings:
     page_share: float = 0.0
     scene_kinds: dict[str, int] = field(default_factory=lambda: dict(SCENE_KINDS))
     pointing_weight: float = 0.5
+    text_weight: float = 1.0
 
     def lr_factor(self, batch: int) -> float:
         """Factor on both steps: linear growth, a plateau, linear decay."""
@@ -140,6 +142,7 @@ def _reading_stage(num_batches: int) -> StageSettings:
         decay_share=0.7,
         count_weight=COUNT_WEIGHT,
         pointing_weight=4.0,
+        text_weight=5.0,
     )
 
 
@@ -351,7 +354,9 @@ class NanoTrainer:
         tokens = self.model.projector(patches)
         output_layer = self.model.get_output_embeddings()
         losses = _prefixed("dense", self.heads["views"](tokens.flatten(0, 1), batch.cells, output_layer))
-        losses["patches"] = self.heads["patches"](patches.flatten(0, 1), batch.patch_letters)
+        losses |= _prefixed(
+            "patch", self.heads["patches"](patches.flatten(0, 1), batch.patch_letters, batch.patch_places)
+        )
         if self.earlier is not None:
             views = views_beside_print(batch.cells)
             with torch.no_grad():
@@ -363,10 +368,12 @@ class NanoTrainer:
         return {"vision": self.model.vision, "projector": self.model.projector}
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        read = [loss for name, loss in losses.items() if name.startswith(("dense_", "attended_"))]
-        dense = sum(read, torch.zeros(()))
+        weights = {"dense_text": self.stage_settings.text_weight}
+        read = {name: loss for name, loss in losses.items() if name.startswith(("dense_", "attended_"))}
+        dense = sum((weights.get(name, 1.0) * loss for name, loss in read.items()), torch.zeros(()))
         if "answer" not in losses:
-            return dense + PATCHES_WEIGHT * losses["patches"] + KEEPING_WEIGHT * losses.get("keeping", 0.0)
+            of_patches = PATCHES_WEIGHT * (losses["patch_letters"] + losses["patch_places"])
+            return dense + of_patches + KEEPING_WEIGHT * losses.get("keeping", 0.0)
         pointing = self.stage_settings.pointing_weight * losses["pointing"]
         return losses["answer"] + self.settings.dense_weight * dense + pointing
 

@@ -40,6 +40,7 @@ DET, END, WORD, OTHER_WORD, EOS = 1, 2, 3, 4, 5
 # Layers in which attention is told where to look, and how many heads of each.
 POINTING_LAYER, NUM_POINTING_HEADS = 3, 2
 HEADS = {POINTING_LAYER: NUM_POINTING_HEADS}
+NO_PLACES = torch.full((1, 4, 4), -1)
 NOTHING_ATTENDED = {"attended": torch.empty(0), "attended_cells": torch.empty(0)}
 
 
@@ -536,9 +537,20 @@ def test_letters_of_patches_weigh_as_much_as_the_many_without():
     letters[0, 0, :2] = torch.tensor([SIGNS.index("C"), SIGNS.index("7")])
     patches = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
     wanted = letters.flatten().where(letters.flatten() >= 0, len(SIGNS))
-    losses = F.cross_entropy(head.layer(patches), wanted, reduction="none")
+    losses = F.cross_entropy(head.letter(patches), wanted, reduction="none")
     expected = losses[:2].mean() + losses[2:].mean()
-    torch.testing.assert_close(head(patches, letters), expected)
+    torch.testing.assert_close(head(patches, letters, NO_PLACES)["letters"], expected)
+
+
+def test_places_are_asked_of_patches_that_have_one():
+    head = LetterHead(WIDTH)
+    patches = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
+    places = NO_PLACES.clone()
+    places[0, 1, 1:3] = torch.tensor([0, 4])
+    losses = head(patches, NO_PLACES, places)
+    expected = F.cross_entropy(head.place(patches[5:7]), torch.tensor([0, 4]))
+    torch.testing.assert_close(losses["places"], expected)
+    assert head(patches, NO_PLACES, NO_PLACES)["places"].item() == 0
 
 
 def cells_of_classes(class_ids):

@@ -21,7 +21,7 @@ from deepseek_vl2.nano.train import STAGES, NanoTrainer, StageSettings, Training
 NUM_BATCHES = 3
 OF_CELLS = {"class_ids", "color_ids", "bar_values", "is_center", "is_marked", "boxes"}
 LOSSES = {
-    "views": {f"dense_{name}" for name in OF_CELLS | {"letters"}} | {"patches"},
+    "views": {f"dense_{name}" for name in OF_CELLS | {"letters"}} | {"patch_letters", "patch_places"},
     "answers": {f"dense_{name}" for name in OF_CELLS | {"text", "row_ids", "column_ids"}},
 }
 LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
@@ -211,6 +211,18 @@ def test_checkpoint_is_the_model_in_bfloat16(undisturbed, tmp_path):
         assert torch.equal(found, tensor.to(found.dtype)), name
     assert DeepseekVLV2Processor.from_pretrained(tmp_path).image_size == 112
     assert (tmp_path / "model.safetensors").stat().st_size <= 15_000_000
+
+
+def test_letters_by_place_weigh_more_where_reading_is_practised(tmp_path):
+    trainer = NanoTrainer(small_settings(), tmp_path)
+    losses = {name: torch.tensor(0.0) for name in LOSSES["reading"]}
+    totals = {}
+    for trainer.stage_index, stage in enumerate(STAGES):
+        if stage in ("answers", "reading"):
+            totals[stage] = trainer._total(losses | {"dense_text": torch.tensor(1.0)}).item()
+    assert totals["answers"] == pytest.approx(trainer.settings.dense_weight)
+    assert totals["reading"] == pytest.approx(trainer.settings.dense_weight * trainer.settings.reading.text_weight)
+    assert trainer.settings.reading.text_weight > 1
 
 
 def test_steps_grow_stay_and_shrink():

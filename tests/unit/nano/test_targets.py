@@ -238,25 +238,37 @@ def test_charts_tell_values_of_bars_and_of_their_letters(processor):
 def test_letters_of_patches_by_hand(processor):
     """Letters from 20 to 50, 78 and 104 across, in a lower left tile of patches of 14 pixels."""
     word = object_at((20.0, 170.0, 104.0, 194.0), "CAT", "dark", "word")
-    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO, 8)
-    rows = ["".join(SIGNS[number] if number >= 0 else "." for number in row) for row in found[3].tolist()]
+    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO)
+    rows = ["".join(SIGNS[number] if number >= 0 else "." for number in row) for row in found.signs[3].tolist()]
     # The tile's first row of pixels is 112 of the picture, so the word lies from 58 to 82: patches 4 and 5.
     assert rows[:4] == ["........"] * 4 and rows[6:] == ["........"] * 2
     assert rows[4] == rows[5] == ".CCCAATT"
-    assert (found[[1, 2, 4]] == -1).all()
+    assert found.places[3, 4].tolist() == [-1, 0, 0, 0, 1, 1, 2, 2]
+    assert all((of_patches[[1, 2, 4]] == -1).all() for of_patches in found)
     # In the global view letters are 12 pixels high: above the least.
-    assert sorted(set(found[0].flatten().tolist()) - {-1}) == sorted(SIGNS.index(sign) for sign in "CAT")
+    assert set(found.signs[0].flatten().tolist()) == {-1, *(SIGNS.index(sign) for sign in "CAT")}
+    assert set(found.places[0].flatten().tolist()) == {-1, 0, 1, 2}
 
 
 def test_letters_too_low_to_be_read_are_asked_of_no_patch(processor):
     word = object_at((20.0, 170.0, 90.0, 188.0), "CAT", "dark", "word")  # 18 pixels, 9 in the global view
-    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO, 8)
-    assert (found[0] == -1).all() and (found[3] >= 0).any()
+    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO)
+    for of_patches in found:
+        assert (of_patches[0] == -1).all() and (of_patches[3] >= 0).any()
+
+
+def test_places_are_not_asked_where_a_text_begins_in_another_view(processor):
+    """The word reaches from the left tile into the right one."""
+    word = object_at((70.0, 20.0, 154.0, 44.0), "CAT", "dark", "word")
+    found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO)
+    assert set(found.places[1].flatten().tolist()) >= {0, 1}
+    assert (found.signs[2] >= 0).any() and (found.places[2] == -1).all()
 
 
 def test_a_scene_without_print_has_no_letters(processor):
-    found = letters_of_patches(processor, scene_of(object_at((20.0, 20.0, 90.0, 90.0))), ONE_TILE, 8)
-    assert found.shape == (2, 8, 8) and (found == -1).all()
+    found = letters_of_patches(processor, scene_of(object_at((20.0, 20.0, 90.0, 90.0))), ONE_TILE)
+    for of_patches in found:
+        assert of_patches.shape == (2, 8, 8) and (of_patches == -1).all()
 
 
 def test_letters_by_hand(processor):
