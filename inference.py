@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_groun
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
 from deepseek_vl2.serve.questions import DESCRIBE_PICTURE, place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import USER_ERRORS, can_be_mended, describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
@@ -44,13 +45,6 @@ EXAMPLE_PROMPT = f"{REF_START}the red star{REF_END}."
 OUTPUT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_SEED = 2**63 - 1
 MORE_MEMORY = "--chunk_size 512, fewer or smaller pictures, or --device cpu"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"inference.py: error: {message} (--help lists all options)\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -22,16 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from deepseek_vl2.utils.command_line import OneLineParser
+
 PICTURES = Path(__file__).parent / "images"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = ("int8", "int4")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"web_demo.py: error: {message} (--help lists all options)\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

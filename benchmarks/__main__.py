@@ -26,6 +26,7 @@ from benchmarks.results import Figure, figures_as_json, format_table
 from benchmarks.turns import measure_turns
 from deepseek_vl2 import __version__
 from deepseek_vl2.models.cpu_features import has_fast_bfloat16
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import load_pretrained_model, resolve_device, resolve_dtype
@@ -53,7 +54,7 @@ MORE_MEMORY = "--quantize int8, --layers 4, or fewer --parts"
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Measure a model beside this machine's limits.")
+    parser = OneLineParser(prog=PROGRAM, description="Measure a model beside this machine's limits.")
     add_load_arguments(parser)
     parser.add_argument("--size", choices=PUBLISHED_SIZES, help="in place of --model_path: random weights of this size")
     parser.add_argument("--layers", type=int, help="with --size: only the first so many layers of the language model")

@@ -8,7 +8,6 @@ in the midst of some, which must not block a place. The last line is the result 
 wrong. Needs the extras api and test.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -27,6 +26,8 @@ from typing import Any
 
 import openai
 from PIL import Image, ImageDraw
+
+from deepseek_vl2.utils.command_line import OneLineParser
 
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "black", "pink")
 QUESTIONS = ("What color is the circle?", "<|ref|>The circle.<|/ref|>.", "How many objects are there?")
@@ -200,7 +201,7 @@ def run(load: Load, num_clients: int, minutes: float, pid: int | None) -> dict[s
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the load; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.api_load",
         description="Many clients for minutes against the OpenAI-compatible server.",
     )

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 from benchmarks.batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
+from deepseek_vl2.utils.command_line import OneLineParser
 
 WORKER_NAME = "WindowWorker"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.batch_ray", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run_arguments(parser, batch_size=16, window=64)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.batch_scenes import add_run_arguments, make_scenes, num_records, read_output, start_batch, summary_of
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.io import load_image, load_pretrained_model
 
 MIB = 2**20
@@ -30,7 +31,7 @@ MAX_GROWTH = 0.1
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.batch_throughput",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

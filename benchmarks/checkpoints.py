@@ -3,7 +3,6 @@
 They are written tensor by tensor, so that memory does not grow with the model.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -20,6 +19,7 @@ from benchmarks.sized_tokenizers import build_tokenizer
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2Processor
 from deepseek_vl2.models.weight_headers import read_header
 from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, check_weight_files
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import describe_error
 from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, checkpoint_shapes, published_config
 
@@ -203,7 +203,7 @@ def _check_folder(config: DeepseekVLV2Config, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Write a checkpoint of random weights.")
+    parser = OneLineParser(prog=PROGRAM, description="Write a checkpoint of random weights.")
     parser.add_argument("--size", required=True, choices=PUBLISHED_SIZES)
     parser.add_argument("--layers", type=int, help="only the first so many layers of the language model")
     parser.add_argument("--folder", type=Path, required=True, help="where to write; it is made if it is not there")

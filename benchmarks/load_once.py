@@ -16,6 +16,7 @@ from benchmarks.limits import Limits
 from benchmarks.memory import peak_resident_bytes, weight_bytes_by_part
 from benchmarks.results import Figure
 from deepseek_vl2.utils.checkpoint_files import check_weight_files
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.hardware import THREAD_VARIABLES
 from deepseek_vl2.utils.io import load_pretrained_model, resolve_model_path
 
@@ -80,7 +81,7 @@ def _load_in_a_process(options: argparse.Namespace, num_threads: int) -> dict[st
 
 def main() -> None:
     """Loads once and prints one line of JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load_once", description=__doc__)
+    parser = OneLineParser(prog="python -m benchmarks.load_once", description=__doc__)
     add_load_arguments(parser)
     options = parser.parse_args()
     if options.threads:

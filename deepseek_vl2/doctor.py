@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from deepseek_vl2 import __version__
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
 from deepseek_vl2.utils.checkpoint_files import check_weight_files
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
 from deepseek_vl2.utils.io import resolve_model_path
@@ -241,7 +242,7 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Say what is chosen on this machine, and what fits.")
+    parser = OneLineParser(prog=PROGRAM, description="Say what is chosen on this machine, and what fits.")
     parser.add_argument("--model_path", help="also check this model: 'nano', a checkpoint folder or a name on the hub")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     options = parser.parse_args(arguments)

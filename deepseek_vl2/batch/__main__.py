@@ -23,6 +23,7 @@ from deepseek_vl2.batch.record_file import RECORDS_FILE, RecordFile, drop_failed
 from deepseek_vl2.batch.sources import Source, open_source
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.inference import sampling_options
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import end_faults_with_own_code, run_command
 from deepseek_vl2.utils.io import DTYPES, dtype_name, resolve_device
 from deepseek_vl2.utils.run_folder import SETTINGS_FILE, begin_or_resume, folder_digest, lock_folder, model_digest
@@ -32,13 +33,6 @@ RUN_FOLDER_SUFFIX = ".run"
 INTERRUPTED = "interrupted; the same command goes on where it stopped"
 MORE_MEMORY = "a smaller --batch_size or --token_budget, or --chunk_size 512; the run goes on where it stopped"
 _AT_LEAST_ONE = ("batch_size", "token_budget", "window", "readers", "pdf_dpi", "workers", "max_workers", "limit")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message} (--help lists all options)\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

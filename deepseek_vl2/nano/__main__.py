@@ -1,11 +1,11 @@
 """Trains nano: `python -m deepseek_vl2.nano --folder runs/nano`."""
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
 from deepseek_vl2.nano.train import NanoTrainer, TrainingSettings
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after an error that the user can mend, 130 when interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano", description="Train nano.")
+    parser = OneLineParser(prog="python -m deepseek_vl2.nano", description="Train nano.")
     parser.add_argument("--folder", type=Path, default=Path("runs/nano"), help="states and log; default: runs/nano")
     parser.add_argument("--checkpoint", type=Path, help="where the model goes; default: FOLDER/checkpoint")
     parser.add_argument(

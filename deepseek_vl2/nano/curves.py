@@ -1,6 +1,5 @@
 """Draws the losses of a training of nano: `python -m deepseek_vl2.nano.curves`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_vl2.nano.train import STAGES
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import describe_error
 
 PROGRAM = "python -m deepseek_vl2.nano.curves"
@@ -91,7 +91,7 @@ def draw_curves(log: Path, output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit code: 0, or 2 after an error that the user can mend."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Draw the losses of a training of nano.")
+    parser = OneLineParser(prog=PROGRAM, description="Draw the losses of a training of nano.")
     parser.add_argument("--log", type=Path, default=Path("runs/nano/log.jsonl"), help="default: runs/nano/log.jsonl")
     parser.add_argument("--output", type=Path, default=Path("runs/nano/curves.png"), help="a PNG")
     options = parser.parse_args(arguments)

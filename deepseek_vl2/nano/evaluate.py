@@ -20,6 +20,7 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.nano.questions import Example, num_new_pictures
 from deepseek_vl2.nano.several import beginning_of
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import USER_ERRORS, run_command
 from deepseek_vl2.utils.io import DTYPES
 
@@ -153,7 +154,7 @@ def update_card(path: Path, table: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model_path", default="nano", help="'nano' or a checkpoint folder; default: nano")
     parser.add_argument("--output", type=Path, default=Path("runs/nano_evaluation"), help="questions, answers, reports")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")

@@ -1,6 +1,5 @@
 """The pictures in `images/`, which the README asks about: `python -m deepseek_vl2.nano.examples images`."""
 
-import argparse
 import json
 import random
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from deepseek_vl2.nano.layouts import chart_scene, table_scene
 from deepseek_vl2.nano.scenes import ObjectPlan, Scene, Size, place_objects, random_background
+from deepseek_vl2.utils.command_line import OneLineParser
 
 JPEG_QUALITY = 95
 
@@ -99,7 +99,7 @@ def write_examples(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.nano.examples", description="Draw the examples.")
+    parser = OneLineParser(prog="python -m deepseek_vl2.nano.examples", description="Draw the examples.")
     parser.add_argument("folder", type=Path, help="where the pictures go")
     write_examples(parser.parse_args(arguments).folder)
     return 0

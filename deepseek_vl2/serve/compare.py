@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from deepseek_vl2.evaluate.metrics import match_boxes
 from deepseek_vl2.serve.grounding import read_grounding
 from deepseek_vl2.serve.inference import deepseek_generate
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import USER_ERRORS, run_command
 from deepseek_vl2.utils.io import DTYPES, LoadedModel, load_image, load_pretrained_model
@@ -155,7 +156,7 @@ def find_pictures(folder: Path, limit: int | None = None) -> list[Path]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Compare an endpoint's answers with the library's own.")
+    parser = OneLineParser(prog=PROGRAM, description="Compare an endpoint's answers with the library's own.")
     parser.add_argument("--endpoint", required=True, metavar="URL", help="up to /v1, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True, help="the model's id at the endpoint")
     parser.add_argument("--model_path", default="nano", help="the same model here: 'nano', a folder or a hub name")

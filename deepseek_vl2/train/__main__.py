@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepseek_vl2.train.config import explain_keys, read_config
 from deepseek_vl2.train.trainer import TrainResult, train
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import USER_ERRORS, can_be_mended, describe_error
 
 MORE_MEMORY = "a smaller batch_size, gradient_checkpointing: true, precision: bf16_weights, or language: lora"
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after an error that the user can mend, 130 when interrupted.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m deepseek_vl2.train",
         description="Fine-tune a DeepSeek-VL2 model.",
         epilog=f"keys of the configuration, with their defaults:\n{explain_keys()}".replace("%", "%%"),

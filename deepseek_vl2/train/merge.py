@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.io import DTYPES, load_pretrained_model
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can mend.
     """
-    parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.train.merge", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="python -m deepseek_vl2.train.merge", description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", required=True, help="the model that the adapter was trained on")
     parser.add_argument("--adapter", required=True, help="folder of the adapter")
     parser.add_argument("--output", required=True, type=Path, help="folder for the merged model")

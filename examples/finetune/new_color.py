@@ -9,7 +9,6 @@ objects and of the tasks that nano knew before. Old questions are mixed in, so t
         --prompt "What shape is the brown object?"
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -29,6 +28,7 @@ from deepseek_vl2.nano.scenes import COLOR_JITTER, Scene, random_scene
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, TRAIN_SPLIT, example_at
 from deepseek_vl2.train import read_config, train
 from deepseek_vl2.train.merge import merge
+from deepseek_vl2.utils.command_line import OneLineParser
 
 CONFIG = Path(__file__).parent / "config.yaml"
 NEW_COLOR = "brown"
@@ -109,7 +109,7 @@ def merge_anew(model_path: str, adapter: str, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the example; prints a table, then one line of JSON."""
-    parser = argparse.ArgumentParser(prog="new_color.py", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="new_color.py", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/brown"), help="default: runs/brown")
     parser.add_argument("--num_new", type=int, default=3000, help="questions on the new colour; default: 3000")
     parser.add_argument("--num_old", type=int, default=3000, help="old questions mixed in; default: 3000")

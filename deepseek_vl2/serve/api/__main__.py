@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek_vl2.serve.picture_limits import PictureLimits
+from deepseek_vl2.utils.command_line import OneLineParser
 
 PROGRAM = "python -m deepseek_vl2.serve.api"
 KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
@@ -24,7 +25,7 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Serve a DeepSeek-VL2 model to OpenAI clients.")
+    parser = OneLineParser(prog=PROGRAM, description="Serve a DeepSeek-VL2 model to OpenAI clients.")
     add = parser.add_argument
     add(
         "--model_path", default="nano", help="'nano' (bundled), a checkpoint folder or a name on the hub; default: nano"
