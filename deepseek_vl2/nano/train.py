@@ -61,7 +61,6 @@ PATCHES_WEIGHT = 3.0
 KEEPING_WEIGHT = 3.0
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 90.0
-LAST_COUNT_WEIGHT = 200.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _counting_stage(num_batches: int) -> StageSettings:
         COUNTING_SCENE_KINDS,
         warmup_batches=10,
         decay_share=1.0,
-        count_weight=LAST_COUNT_WEIGHT,
+        count_weight=200.0,
         pointing_weight=8.0,
     )
 
@@ -140,8 +139,8 @@ def _reading_stage(num_batches: int) -> StageSettings:
         READING_SCENE_KINDS,
         warmup_batches=20,
         decay_share=0.7,
-        count_weight=COUNT_WEIGHT,
-        pointing_weight=4.0,
+        count_weight=150.0,
+        pointing_weight=8.0,
         text_weight=5.0,
     )
 
@@ -217,8 +216,8 @@ class TrainingSettings:
                 count_weight=COUNT_WEIGHT,
             ),
             counting=_counting_stage(1220),
-            print=_print_stage(1200),
-            reading=_reading_stage(550),
+            print=_print_stage(1700),
+            reading=_reading_stage(1000),
             start_from=str(start_from),
             **numbers,
         )
