@@ -17,14 +17,15 @@ from deepseek_vl2.evaluate.report import write_report
 from deepseek_vl2.evaluate.results import format_table, summarize_run
 from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
-from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS
+from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS, Task
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
+from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
 from deepseek_vl2.utils.io import DTYPES, dtype_name, load_pretrained_model, resolve_device
-from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, model_digest
+from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
 RESULTS_FILE = "results.json"
@@ -35,7 +36,7 @@ MORE_MEMORY = "a smaller --batch_size, --chunk_size 512 or --device cpu"
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Measure a DeepSeek-VL2 model on a benchmark.")
+    parser = OneLineParser(prog=PROGRAM, description="Measure a DeepSeek-VL2 model on a benchmark.")
     parser.add_argument("--model_path", default="nano", help="'nano', a checkpoint folder or a hub name; default: nano")
     parser.add_argument("--data", type=Path, required=True, help="file of the benchmark")
     parser.add_argument("--task", required=True, choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
@@ -86,7 +87,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         options.data, settings["format"], task.check, options.picture_root, options.box_format, options.limit
     )
     samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
-    begin_or_resume(options.output, settings, PREDICTIONS_FILE)
+    with lock_folder(options.output):
+        begin_or_resume(options.output, settings, PREDICTIONS_FILE)
+        return _ask_and_report(options, task, settings, samples, num_skipped)
+
+
+def _ask_and_report(
+    options: argparse.Namespace, task: Task, settings: dict[str, Any], samples: list[Sample], num_skipped: int
+) -> dict[str, Any]:
     use_chosen_num_threads()
     loaded = load_pretrained_model(
         options.model_path, settings["dtype"], options.device, quantize=options.quantize, pack=True
@@ -94,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
-    results = {"task": options.task, "metric": task.metric, **summarize_run(records)}
+    results = {"task": options.task, "metric": task.metric, **summarize_run(records, is_circular=task.is_circular)}
     results |= {"num_skipped": num_skipped + num_too_long, "settings": settings}
     write_whole(options.output / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_report(options.output / REPORT_FILE, results, samples, records, options.num_examples)

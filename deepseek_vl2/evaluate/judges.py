@@ -52,7 +52,9 @@ def plain_answer(answer: str) -> str:
 
 def _judge_text(metric: Callable[[str, Sequence[str]], float], sample: Sample, answer: str) -> Judgement:
     text = plain_answer(answer)
-    return Judgement(metric(text, sample.answers) if text else 0.0, bool(text), text)
+    # What is expected may end in a full stop itself: "Philip Morris Inc."
+    score = max(metric(other, sample.answers) for other in (text, answer.strip())) if text else 0.0
+    return Judgement(score, bool(text), text)
 
 
 def judge_text(metric: Callable[[str, Sequence[str]], float]) -> Judge:
@@ -69,9 +71,8 @@ def judge_exact_match(sample: Sample, answer: str) -> Judgement:
 
 def judge_ocrbench(sample: Sample, answer: str) -> Judgement:
     """Judges by containment; the category says whether it is a formula."""
-    text = plain_answer(answer)
-    is_formula = sample.category == FORMULA_CATEGORY
-    return Judgement(ocrbench_score(text, sample.answers, is_formula=is_formula) if text else 0.0, bool(text), text)
+    metric = partial(ocrbench_score, is_formula=sample.category == FORMULA_CATEGORY)
+    return _judge_text(metric, sample, answer)
 
 
 def judge_choice(sample: Sample, answer: str) -> Judgement:

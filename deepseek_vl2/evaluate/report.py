@@ -60,7 +60,8 @@ def _page(results: dict[str, Any], pairs: Sequence[tuple[Sample, dict[str, Any]]
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>",
         f'<header><h1>{escape(title)}</h1><div class="quiet">{escape(str(model))}</div></header>',
         _numbers(results),
-        _categories(results["by_category"]),
+        _parts(results["by_category"], "Category"),
+        _parts(results["by_split"], "Split"),
         f"<h2>Answers, the worst first ({len(pairs)} of {results['overall']['num_samples']})</h2>",
         _legend() if has_boxes else "",
         '<main class="examples">',
@@ -98,19 +99,20 @@ def _bounds(interval: dict[str, Any]) -> str:
 _EXTRAS = {"mean_iou": "mean IoU", "precision": "precision", "recall": "recall"}
 
 
-def _categories(by_category: dict[str, Any]) -> str:
-    if not by_category:
+def _parts(numbers_by_name: dict[str, Any], what: str) -> str:
+    """A table of the numbers of some parts of the questions, such as categories."""
+    if not numbers_by_name:
         return ""
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{numbers["num_samples"]}</td><td>{numbers["score"]:.2f}</td>'
         f"<td>{_bounds(numbers['interval'])}</td>"
         f"<td>{numbers['num_unreadable']}</td>"
         f'<td class="bar"><div class="track"><span style="width:{numbers["score"]:.2f}%"></span></div></td></tr>'
-        for name, numbers in by_category.items()
+        for name, numbers in numbers_by_name.items()
     )
-    heads = "".join(f'<th scope="col">{head}</th>' for head in ("Category", "Samples", "Score %", "95 %", "Unreadable"))
+    heads = "".join(f'<th scope="col">{head}</th>' for head in (what, "Samples", "Score %", "95 %", "Unreadable"))
     table = f'<table><thead><tr>{heads}<th aria-hidden="true"></th></tr></thead><tbody>{rows}</tbody></table>'
-    return f'<h2>By category</h2><div class="table">{table}</div>'
+    return f'<h2>By {what.lower()}</h2><div class="table">{table}</div>'
 
 
 def _legend() -> str:

@@ -10,6 +10,8 @@ from deepseek_vl2.evaluate.intervals import Interval, bootstrap_interval, wilson
 from deepseek_vl2.evaluate.metrics import BoxCounts
 
 DIGITS = 2
+# Of ids of MMBench.
+REPEATED_FROM = 10**6
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -62,18 +64,47 @@ def _with_score(summary: dict[str, Any], score: float, interval: Interval) -> di
     return {"score": _percent(score), "interval": bounds, **summary}
 
 
-def summarize_run(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers overall and by category; see `summarize`."""
-    categories = sorted({record["category"] for record in records} - {""})
-    by_category = {
-        category: summarize([record for record in records if record["category"] == category]) for category in categories
-    }
-    return {"overall": summarize(records), "by_category": by_category}
+def summarize_run(records: Sequence[dict[str, Any]], *, is_circular: bool = False) -> dict[str, Any]:
+    """Numbers overall, by category and by split; see `summarize`.
+
+    Args:
+        records: of one task.
+        is_circular: see `Task`; numbers are of questions then, in whatever order of options.
+    """
+    if is_circular:
+        records = _by_question(records)
+    parts = {"by_category": "category", "by_split": "split"}
+    return {"overall": summarize(records), **{name: _by(records, field) for name, field in parts.items()}}
+
+
+def _by(records: Sequence[dict[str, Any]], field: str) -> dict[str, dict[str, Any]]:
+    values = sorted({record.get(field, "") for record in records} - {""})
+    return {value: summarize([record for record in records if record.get(field) == value]) for value in values}
+
+
+def _by_question(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for all orders of a question's options; its score is the lowest.
+
+    MMBench counts from 1,000,000 on where a question comes again. Ids that are no numbers are of questions that do not.
+    """
+    questions: dict[int | str, list[dict[str, Any]]] = {}
+    for record in records:
+        name = record["id"]
+        questions.setdefault(int(name) % REPEATED_FROM if name.isdecimal() else name, []).append(record)
+    return [
+        same[0]
+        | {
+            "score": min(record["score"] for record in same),
+            "is_readable": all(record["is_readable"] for record in same),
+        }
+        for same in questions.values()
+    ]
 
 
 def format_table(results: dict[str, Any]) -> str:
     """The numbers as a table for the terminal."""
     rows = [("all", results["overall"]), *results["by_category"].items()]
+    rows += [(f"split {name}", numbers) for name, numbers in results["by_split"].items()]
     width = max(len("category"), *(len(name) for name, _ in rows))
     extras = [name for name in ("mean_iou", "precision", "recall") if name in results["overall"]]
     heads = "".join(f" {name.replace('_', ' '):>10}" for name in extras)

@@ -123,6 +123,8 @@ def make_record(sample: Sample, answer: str, task: Task) -> dict[str, Any]:
     """One line of the predictions: the sample, the answer, and what it is worth."""
     judgement = task.judge(sample, answer)
     record: dict[str, Any] = {"id": sample.id, "category": sample.category, "answer": answer}
+    if sample.split:
+        record["split"] = sample.split
     record |= {
         "understood": judgement.understood,
         "is_readable": judgement.is_readable,

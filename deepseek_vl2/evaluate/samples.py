@@ -24,6 +24,7 @@ class Sample:
         options: text by letter.
         hint: shown before the question.
         category: for results by category; empty if there is none.
+        split: part of the benchmark, such as "validation", for results by part; empty if the file does not say it.
         messages: a whole conversation, asked word for word; empty where the task makes the prompt from `question`.
     """
 
@@ -37,6 +38,7 @@ class Sample:
     options: Mapping[str, str] = field(default_factory=dict)
     hint: str = ""
     category: str = ""
+    split: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
 
 

@@ -6,7 +6,7 @@ README.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -84,6 +84,8 @@ class Task:
             or "options".
         needs_picture: whether every sample must have one.
         picture_scale: by how much the first picture is enlarged; VLMEvalKit doubles that of MMMU.
+        is_circular: whether a question may be there several times, its options in another order; it is right if all
+            are (MMBench's CircularEval).
     """
 
     metric: str
@@ -92,6 +94,7 @@ class Task:
     needs: str = "answers"
     needs_picture: bool = True
     picture_scale: int = 1
+    is_circular: bool = False
 
     def check(self, sample: Sample) -> None:
         """Refuses a sample that this task cannot judge.
@@ -161,7 +164,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "ocrbench": Task("containment", ask_plainly, judge_ocrbench),
         "mmmu": Task("accuracy", ask_mmmu, judge_choice, "options", picture_scale=2),
         "ai2d": _CHOICE,
-        "mmbench": _CHOICE,
+        "mmbench": replace(_CHOICE, is_circular=True),
         "mmstar": _CHOICE,
         "exact_match": Task("exact match", ask_plainly, judge_exact_match, needs_picture=False),
     }

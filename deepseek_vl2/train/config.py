@@ -1,5 +1,6 @@
 """Settings of a fine-tuning run: `TrainConfig`, read from a YAML or JSON file and the command line."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -203,9 +204,12 @@ def explain_keys() -> str:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    # Not all JSON is YAML: YAML has no tabs in front of keys.
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: of the 45th of January
         raise ValueError(f"{where} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
 
 
@@ -246,7 +250,7 @@ def _to_float(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -257,7 +261,7 @@ def _is_within(value: Any, metadata: Mapping[str, Any]) -> bool:
         return True
     low, high, above, below = (metadata[name] for name in ("low", "high", "above", "below"))
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)

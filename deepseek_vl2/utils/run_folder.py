@@ -13,6 +13,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import naming_file
 from deepseek_vl2.utils.io import resolve_model_path
@@ -85,7 +90,7 @@ def begin_or_resume(folder: Path, settings: Mapping[str, Any], records_name: str
         write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _parse_object(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); take another folder") from error
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
@@ -96,9 +101,18 @@ def begin_or_resume(folder: Path, settings: Mapping[str, Any], records_name: str
         )
 
 
+def _parse_object(text: bytes) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"no object, but {value!r:.40}")
+    return value
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps a second run out of a folder. The system gives the folder free when the process ends, however it does.
+
+    On Windows, which has no such locks, it does not.
 
     Args:
         folder: made if it is not there.
@@ -107,9 +121,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
         BlockingIOError: another run is at work in it.
         OSError: it cannot be written.
     """
-    import fcntl  # not on Windows
-
     folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     path = folder / LOCK_FILE
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -170,7 +185,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 file.truncate(start)
                 return
             try:
-                yield start, json.loads(line)
+                yield start, _parse_object(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is damaged ({error}); take another folder") from error
             start += len(line)

@@ -10,6 +10,7 @@ import pytest
 from deepseek_vl2.evaluate import runner
 from deepseek_vl2.evaluate.__main__ import main
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, example_at
+from deepseek_vl2.utils.run_folder import LOCK_FILE, lock_folder
 
 pytestmark = pytest.mark.e2e
 
@@ -75,6 +76,13 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data, tmp_path, cap
     page = (killed / "report.html").read_text(encoding="utf-8")
     assert page.count("<article") == NUM_SAMPLES
     assert page.count('class="expected"') >= NUM_SAMPLES
+
+
+def test_a_second_run_is_kept_out_of_the_folder(data, tmp_path, capsys):
+    with lock_folder(tmp_path):
+        assert main(command(data, tmp_path)) == 2
+    assert "another run is at work in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
 def test_other_settings_are_refused(data, tmp_path, capsys):

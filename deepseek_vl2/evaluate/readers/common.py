@@ -1,6 +1,8 @@
 """What the readers of all formats share: pictures, boxes and lists in cells."""
 
 import ast
+import codecs
+import string
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +49,7 @@ def json_lines(path: Path) -> Iterable[tuple[str, bytes]]:
     """Yields "line N" and the line; empty lines count for nothing."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 yield f"line {number}", line.rstrip()
 
 
@@ -71,7 +73,7 @@ def listed(cell: Any) -> list[Any]:
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         try:
             value = ast.literal_eval(cell)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return [cell]  # a text in brackets
         if isinstance(value, list):
             return value
@@ -79,16 +81,37 @@ def listed(cell: Any) -> list[Any]:
 
 
 def texts(cell: Any) -> tuple[str, ...]:
-    """The entries of a cell as texts, see `listed`.
+    """The entries of a cell as texts, see `listed`; of objects, as VQA has them, the field `answer`.
 
     Raises:
         ValueError: an entry is neither text nor number.
     """
-    entries = listed(cell)
+    entries = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in listed(cell)]
     wrong = [entry for entry in entries if not isinstance(entry, (str, int, float))]
     if wrong:
         raise ValueError(f"an answer must be a text or number, not {wrong[0]!r:.80}")
     return tuple(str(entry) for entry in entries)
+
+
+def lettered(value: Any) -> dict[str, Any]:
+    """Options by capital letter: a list, or an object whose keys are letters.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, Mapping):
+        return dict(zip(string.ascii_uppercase, listed(value), strict=False))
+    options = {str(key).strip().upper(): option for key, option in value.items()}
+    wrong = [key for key in options if len(key) != 1 or key not in string.ascii_uppercase]
+    if wrong:
+        raise ValueError(f"options must be named by letters, A, B, ..., not {wrong[0]!r}")
+    return options
+
+
+def letter_of(answer: str, options: Mapping[str, Any]) -> str:
+    """An answer as it names an option: "a " is "A"; any other stays."""
+    letter = answer.strip().upper()
+    return letter if letter in options else answer
 
 
 def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:

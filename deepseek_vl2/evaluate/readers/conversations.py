@@ -10,9 +10,18 @@ of the last picture) is.
 """
 
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
-from deepseek_vl2.evaluate.readers.common import ReadOptions, as_mapping, first_of, read_box, texts
+from deepseek_vl2.evaluate.readers.common import (
+    ReadOptions,
+    as_mapping,
+    first_of,
+    letter_of,
+    lettered,
+    read_box,
+    texts,
+)
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
 from deepseek_vl2.models.chat_format import Speaker, content_text, speaker_of
 from deepseek_vl2.models.conversation import get_conv_template
@@ -43,14 +52,17 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
             raise ValueError(f"message {number} is an answer with no text")
     pictures = tuple(picture for message in asked for picture in message["images"])
     sizes = options.sizes_of(pictures)
-    choices = as_mapping(fields.get("options", {}), "'options'")
+    if not isinstance(fields.get("options"), (list, Mapping, NoneType)):
+        raise ValueError(f"'options' must be a list or an object, not {fields['options']!r:.80}")
+    choices = lettered(fields.get("options"))
+    answers = texts(first_of(fields, "answers", "answer")) or ((last_answer,) if last_answer else ())
     return Sample(
-        id=str(fields.get("id", where)),
+        id=where if fields.get("id") is None else str(fields["id"]),
         where=where,
         question=asked[-1]["content"].replace(IMAGE, "").strip(),
         pictures=pictures,
         sizes=sizes,
-        answers=texts(first_of(fields, "answers", "answer")) or ((last_answer,) if last_answer else ()),
+        answers=tuple(letter_of(answer, choices) for answer in answers),
         boxes=_boxes(fields.get("boxes"), last_answer, sizes),
         options={letter: str(option) for letter, option in choices.items()},
         category=str(fields.get("category") or ""),

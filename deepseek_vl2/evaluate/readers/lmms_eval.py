@@ -3,7 +3,10 @@
 A document carries `question`, `answers` (or `answer`, `label`), `image` (or `image_path`, `images`, or `image_1` to
 `image_7`: paths), `options` (a list, or fields A, B, ...) and `category`. What has "image" in its name is left out by
 `--log_samples`: paths have to be put back. The answer to a choice is a letter, an option's text, or its place in the
-list, counted from 0; a letter in `target` goes before.
+list, counted from 0; a letter in `target` goes before. Open questions of MMMU (`question_type`) become a choice
+between their answers and "Other Answers", as in VLMEvalKit's file. A document with `bbox` is a referring expression, in
+`answer`: its box is x1, y1, x2, y2 in shares of the picture, as lmms-eval's RefCOCO has it, or else x, y, width, height
+in pixels.
 """
 
 import math
@@ -15,15 +18,20 @@ from deepseek_vl2.evaluate.readers.common import (
     ReadOptions,
     as_mapping,
     first_of,
+    letter_of,
+    lettered,
     listed,
     question_of,
+    read_box,
     texts,
 )
-from deepseek_vl2.evaluate.samples import Sample
+from deepseek_vl2.evaluate.samples import PixelBox, Sample
 from deepseek_vl2.utils.data_files import parse_json, picture_path
 
 # As MMMU names them.
 MAX_NUMBERED_PICTURES = 7
+OPEN = "open"
+OTHER_ANSWERS = "Other Answers"
 
 
 def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
@@ -37,19 +45,49 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     document = as_mapping(fields.get("doc", fields), "'doc'")
     names = _picture_names(document)
     pictures = tuple(picture_path(name, options.picture_root) for name in names)
+    sizes = options.sizes_of(pictures)
     choices = _options(document)
+    answers = _answers(document, fields, choices)
+    if document.get("question_type") == OPEN and not choices:
+        choices, answers = _as_choice(answers)
+    question, boxes = _asked(document, sizes)
     sample_id = first_of(document, "question_id", "questionId", "id", "index")
     return Sample(
         id=str(fields.get("doc_id", where) if sample_id is None else sample_id),
         where=where,
-        question=question_of(document, "question"),
+        question=question,
         pictures=pictures,
-        sizes=options.sizes_of(pictures),
-        answers=_answers(document, fields, choices),
+        sizes=sizes,
+        answers=answers,
+        boxes=boxes,
         options=choices,
         hint=str(document.get("hint")) if _is_filled(document.get("hint")) else "",
         category=str(first_of(document, "category", "question_type", "subfield") or ""),
+        split=str(document.get("split") or ""),
     )
+
+
+def _asked(document: Mapping[str, Any], sizes: tuple[tuple[int, int], ...]) -> tuple[str, tuple[PixelBox, ...] | None]:
+    """The question; of a referring expression, which has a box, the expression and the box."""
+    values = document.get("bbox")
+    if values is None:
+        return question_of(document, "question"), None
+    expressions = texts(first_of(document, "answer", "caption"))
+    if len(expressions) != 1 or not expressions[0].strip():
+        raise ValueError(f"{len(expressions)} referring expressions in 'answer', one is needed: write a line for each")
+    if not sizes:
+        raise ValueError("a box needs a picture, there is none")
+    width, height = sizes[-1]
+    if isinstance(values, list) and all(isinstance(value, float) and abs(value) <= 1 for value in values):
+        values = [value * side for value, side in zip(values, (width, height) * 2, strict=False)]
+        return expressions[0].strip(), (read_box(values, "xyxy", sizes[-1]),)
+    return expressions[0].strip(), (read_box(values, "xywh", sizes[-1]),)
+
+
+def _as_choice(answers: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """An open question of MMMU as VLMEvalKit asks it: its answers, and "Other Answers"."""
+    choices = dict(zip(string.ascii_uppercase, (*answers, OTHER_ANSWERS), strict=False))
+    return choices, tuple(choices)[: len(answers)]
 
 
 def _is_filled(value: Any) -> bool:
@@ -64,7 +102,7 @@ def _picture_names(document: Mapping[str, Any]) -> list[Any]:
 
 
 def _options(document: Mapping[str, Any]) -> dict[str, str]:
-    values = dict(zip(string.ascii_uppercase, listed(document.get("options")), strict=False))
+    values = lettered(first_of(document, "options", "choices"))
     if not values:
         values = {letter: document.get(letter) for letter in string.ascii_uppercase}
     return {letter: str(value) for letter, value in values.items() if _is_filled(value)}
@@ -80,14 +118,14 @@ def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Ma
     target = texts(first_of(fields, "target"))
     if target and all(answer in options for answer in target):
         return target
-    letters = string.ascii_uppercase if listed(document.get("options")) else ""
+    letters = string.ascii_uppercase if listed(first_of(document, "options", "choices")) else ""
     return tuple(_letter(answer, options, letters, bool(target)) for answer in own or target)
 
 
 def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], has_target: bool) -> str:
     """The letter of an answer that is given as an option's text, or as its place among `letters`."""
-    if answer in options:
-        return answer
+    if letter_of(answer, options) in options:
+        return letter_of(answer, options)
     named = next((letter for letter, option in options.items() if option == answer), None)
     is_place = answer.isascii() and answer.isdecimal() and int(answer) < len(letters)
     placed = letters[int(answer)] if is_place and letters[int(answer)] in options else None

@@ -1,6 +1,7 @@
 """Referring expressions, in the two forms in which RefCOCO, RefCOCO+ and RefCOCOg are passed around.
 
-`refcoco_list`: a JSON list, or JSON lines, of {image, sentence (or caption, sent), bbox, width, height}; how boxes are
+`refcoco_list`: a JSON list, or JSON lines, of {image (or file_name, img_path), sentence (or caption, sent,
+sents, expression), bbox, width, height}; how boxes are
 written is said by a field `bbox_format` or by the option. `refcoco_refs`: one object with the parts of the original
 release, `refs` (ref_id, ann_id, image_id, sentences), `annotations` and `images` as in COCO's instances file (they may
 stand in a part `instances`); its boxes are x, y, width, height.
@@ -22,7 +23,7 @@ from deepseek_vl2.evaluate.readers.common import (
 from deepseek_vl2.evaluate.samples import Sample
 from deepseek_vl2.utils.data_files import parse_json, picture_path
 
-SENTENCE_FIELDS = ("sentence", "caption", "sent")
+SENTENCE_FIELDS = ("sentence", "caption", "sent", "sents", "expression")
 
 
 def list_entries(path: Path) -> Iterator[tuple[str, Any]]:
@@ -120,14 +121,14 @@ def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> S
     if annotation is None or image is None:
         raise ValueError(f"there is no annotation {ref.get('ann_id')!r} or no image {ref.get('image_id')!r}")
     sample_id = str(sentence.get("sent_id", where))
-    fields = {**image, "image": image.get("file_name"), "bbox": annotation.get("bbox"), "category": ref.get("split")}
+    fields = {**image, "image": image.get("file_name"), "bbox": annotation.get("bbox"), "split": ref.get("split")}
     return _sample(sample_id, where, question_of(sentence, "sent", "raw"), fields, "xywh", options)
 
 
 def _sample(
     sample_id: str, where: str, sentence: str, fields: Mapping[str, Any], box_format: str, options: ReadOptions
 ) -> Sample:
-    picture = picture_path(first_of(fields, "image", "file_name"), options.picture_root)
+    picture = picture_path(first_of(fields, "image", "file_name", "img_path"), options.picture_root)
     (size,) = options.sizes_of([picture])
     said = (fields.get("width", size[0]), fields.get("height", size[1]))
     if said != size:
@@ -140,4 +141,5 @@ def _sample(
         sizes=(size,),
         boxes=(read_box(fields["bbox"], box_format, size),),
         category=str(first_of(fields, "category", "split") or ""),
+        split=str(fields.get("split") or ""),
     )

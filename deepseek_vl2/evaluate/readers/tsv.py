@@ -8,13 +8,14 @@ import base64
 import binascii
 import csv
 import itertools
+import re
 import string
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from deepseek_vl2.evaluate.readers.common import ReadOptions, first_of, listed, question_of, texts
+from deepseek_vl2.evaluate.readers.common import ReadOptions, first_of, letter_of, listed, question_of, texts
 from deepseek_vl2.evaluate.samples import PictureSource, Sample
 from deepseek_vl2.utils.data_files import picture_path
 
@@ -22,6 +23,9 @@ from deepseek_vl2.utils.data_files import picture_path
 _MAX_INDEX_LENGTH = 64
 # A cell holds a picture; the csv module's own limit is 131,072 characters.
 _MAX_CELL_LENGTH = 2**30
+# What a byte that is not UTF-8 is read as.
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_DATA_URI = re.compile(r"data:[^,]{0,64};base64,")
 
 
 class TsvRow(NamedTuple):
@@ -39,7 +43,7 @@ def tsv_entries(path: Path) -> Iterator[tuple[str, TsvRow]]:
     """
     previous_limit = csv.field_size_limit(_MAX_CELL_LENGTH)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             table = _table_rows(file)
             header = next(table, None)
             names = header[1] if header else []
@@ -48,8 +52,8 @@ def tsv_entries(path: Path) -> Iterator[tuple[str, TsvRow]]:
                 raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))} in its first line")
             # Cells that are missing become None, those too many stand under None.
             rows = [(f"line {line}", dict(itertools.zip_longest(names, cells))) for line, cells in table if cells]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no table in UTF-8 with tabs: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table with tabs: {error}") from error
     finally:
         csv.field_size_limit(previous_limit)
     images = {row["index"]: row.get("image") or "" for _, row in rows}
@@ -99,33 +103,50 @@ def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
     cells = row.cells
     if None in cells.values() or None in cells:
         raise ValueError("the row has not as many cells as the first line")
+    damaged = next((name for name, cell in cells.items() if _ESCAPED_BYTE.search(cell)), None)
+    if damaged is not None:
+        raise ValueError(f"{damaged} is not UTF-8 text")
     pictures = _pictures(row, options)
+    choices = {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
     return Sample(
         id=cells["index"],
         where=where,
         question=question_of(cells, "question"),
         pictures=pictures,
         sizes=options.sizes_of(pictures),
-        answers=texts(cells.get("answer")),
-        options={letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)},
+        answers=tuple(letter_of(answer, choices) for answer in texts(cells.get("answer"))),
+        options=choices,
         hint=cells.get("hint") or "",
         category=first_of(cells, "category", "split") or "",
+        split=cells.get("split") or "",
     )
 
 
 def _pictures(row: TsvRow, options: ReadOptions) -> tuple[PictureSource, ...]:
-    image = row.cells.get("image") or ""
-    if 0 < len(image) <= _MAX_INDEX_LENGTH:
-        if len(row.images.get(image, "")) <= _MAX_INDEX_LENGTH:
-            raise ValueError(f"image names the row {image!r}, which is not there or has no picture of its own")
-        image = row.images[image]
-    if image:
-        return tuple(_decode(entry) for entry in listed(image))
-    return tuple(picture_path(name, options.picture_root) for name in listed(row.cells.get("image_path")))
+    entries = [picture for entry in listed(row.cells.get("image")) for picture in _image(entry, row.images, options)]
+    return tuple(entries) or tuple(picture_path(name, options.picture_root) for name in _paths(row))
+
+
+def _paths(row: TsvRow) -> list[Any]:
+    return listed(row.cells.get("image_path"))
+
+
+def _image(entry: Any, images: Mapping[str, str], options: ReadOptions) -> list[PictureSource]:
+    """The pictures that an entry of `image` means: one as base64, those of another row, or one by its path."""
+    text = str(entry).strip()
+    if len(text) > _MAX_INDEX_LENGTH:
+        return [_decode(text)]
+    pictures = listed(images.get(text, ""))
+    if any(len(str(picture)) > _MAX_INDEX_LENGTH for picture in pictures):
+        return [_decode(str(picture)) for picture in pictures]
+    if "." in text:
+        return [picture_path(text, options.picture_root)]
+    raise ValueError(f"image names the row {text!r}, which is not there or has no picture of its own")
 
 
 def _decode(text: str) -> bytes:
+    """Decodes base64, with or without line breaks, and as a data URI."""
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(_DATA_URI.sub("", text, count=1).split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"the picture is not base64: {error}") from None

@@ -29,7 +29,8 @@ def test_predictions_of_other_samples_are_refused(tmp_path, ids):
         read_predictions(tmp_path, SAMPLES)
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / PREDICTIONS_FILE).write_text('{"id": "0"}\n{broken\n')
+@pytest.mark.parametrize("line", ["{broken", "5", "null"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / PREDICTIONS_FILE).write_text(f'{{"id": "0"}}\n{line}\n')
     with pytest.raises(ValueError, match="line 2 is damaged"):
         read_predictions(tmp_path, SAMPLES)

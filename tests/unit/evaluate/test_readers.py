@@ -107,6 +107,36 @@ def test_bad_rows_of_a_table(folder, row, reason):
     assert reason in problem.reason
 
 
+@pytest.mark.parametrize("written", ["{0}\n", "{1}\n{2}", "data:image/png;base64,{0}", "['{0}']", "['7']", "a.png"])
+def test_pictures_of_a_table_in_every_form(folder, written):
+    red = png()
+    cell = written.format(red, red[:80], red[80:])
+    rows = ({"index": 7, "image": red, "question": "q"}, {"index": 8, "image": cell, "question": "q"})
+    (first, second), problems = read(folder, "data.tsv", tsv(*rows))
+    assert problems == []
+    assert second.sizes == first.sizes == ((WIDTH, HEIGHT),)
+
+
+def test_letters_of_a_table_may_have_space_and_be_small(folder):
+    rows = ({"index": number, "question": "q", "answer": a, "A": "x", "B": "y"} for number, a in enumerate(["B ", "b"]))
+    samples, _ = read(folder, "data.tsv", tsv(*rows))
+    assert [sample.answers for sample in samples] == [("B",), ("B",)]
+
+
+def test_a_row_of_a_table_that_is_not_utf8_is_named(folder):
+    path = folder / "data.tsv"
+    path.write_bytes(b"index\tquestion\tanswer\n1\tq\ta\n2\tcaf\xe9\ta\n3\tq\ta\n")
+    samples, problems = read_samples(path, "tsv", take_all)
+    assert [sample.id for sample in samples] == ["1", "3"]
+    assert [str(problem) for problem in problems] == ["line 3: question is not UTF-8 text"]
+
+
+def test_splits_of_a_table(folder):
+    rows = [{"index": n, "question": "q", "answer": "a", "category": "Art", "split": s} for n, s in enumerate("xy")]
+    samples, _ = read(folder, "data.tsv", tsv(*rows))
+    assert [(sample.category, sample.split) for sample in samples] == [("Art", "x"), ("Art", "y")]
+
+
 def test_a_row_with_too_few_or_too_many_cells(folder):
     content = "index\tquestion\tanswer\n1\tq\n2\tq\ta\textra\n3\tq\ta\n"
     samples, problems = read(folder, "data.tsv", content)
@@ -137,8 +167,8 @@ def test_what_is_no_table_is_refused(folder):
     with pytest.raises(ValueError, match="no column index and no question"):
         read(folder, "data.tsv", "a\tb\n1\t2\n")
     (folder / "binary.tsv").write_bytes(b"index\tquestion\n\xff\xfe\t\n")
-    with pytest.raises(ValueError, match="UTF-8"):
-        read_samples(folder / "binary.tsv", "tsv", take_all)
+    _, (problem,) = read_samples(folder / "binary.tsv", "tsv", take_all)
+    assert problem.reason == "index is not UTF-8 text"
 
 
 # -- referring expressions --------------------------------------------------------------------------------------------
@@ -163,7 +193,7 @@ def test_refcoco_list_with_a_byte_order_mark(folder, is_list):
     assert (sample.question, problems) == ("left cat", [])
 
 
-@pytest.mark.parametrize("field", ["sentence", "caption", "sent"])
+@pytest.mark.parametrize("field", ["sentence", "caption", "sent", "sents", "expression"])
 def test_refcoco_lines_with_the_boxes_said_by_the_option(folder, field):
     entry = {**ENTRY, field: "the cat"}
     if field != "sentence":
@@ -293,6 +323,55 @@ def test_answers_of_lmms_eval(folder, fields, answers):
     assert (sample.answers, problems) == (answers, [])
 
 
+def test_options_of_lmms_eval_by_letter_and_as_choices(folder):
+    documents = [
+        {"question": "q", "answer": "b", "options": {"A": "x", "B": "y"}},
+        {"question": "q", "answer": 1, "choices": ["x", "y"]},
+    ]
+    samples, problems = read(folder, "data.jsonl", lines(*documents), "lmms_eval")
+    assert problems == []
+    assert [(sample.options, sample.answers) for sample in samples] == [({"A": "x", "B": "y"}, ("B",))] * 2
+
+
+def test_open_questions_of_mmmu_are_asked_beside_other_answers(folder):
+    document = {"id": "v1", "question": "q <image 1>", "options": "[]", "answer": "['5', 'five']", "image_1": "a.png"}
+    content = lines({"doc": document | {"question_type": "open", "split": "validation"}})
+    (sample,), problems = read(folder, "data.jsonl", content, "lmms_eval")
+    assert problems == []
+    assert sample.options == {"A": "5", "B": "five", "C": "Other Answers"}
+    assert (sample.answers, sample.split) == (("A", "B"), "validation")
+
+
+@pytest.mark.parametrize("bbox", [[0.25, 0.5, 0.75, 1.0], [15, 20, 30, 20]])
+def test_referring_expressions_of_lmms_eval(folder, bbox):
+    document = {"question": "Give the box.", "answer": "the red one", "bbox": bbox, "image": "a.png"}
+    (sample,), problems = read(folder, "data.jsonl", lines({"doc_id": 1, "doc": document}), "lmms_eval")
+    assert problems == []
+    assert (sample.question, sample.boxes) == ("the red one", ((15.0, 20.0, 45.0, 40.0),))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answer": ["one", "two"]}, "2 referring expressions in 'answer'"),
+        ({"bbox": [0.5, 0.5, 0.25, 1.0]}, "has no area"),
+        ({"bbox": "all"}, "a box must be four numbers"),
+        ({"image": None}, "a box needs a picture"),
+    ],
+)
+def test_bad_referring_expressions_of_lmms_eval(folder, change, reason):
+    document = {"answer": "the red one", "bbox": [1, 1, 5, 5], "image": "a.png"} | change
+    samples, (problem,) = read(folder, "data.jsonl", lines({"doc": document}), "lmms_eval")
+    assert samples == []
+    assert reason in problem.reason
+
+
+def test_answers_of_people_as_vqa_writes_them(folder):
+    document = {"question": "q", "answers": [{"answer": "a", "answer_id": 1}, {"answer": "b", "answer_id": 2}]}
+    (sample,), _ = read(folder, "data.jsonl", lines({"doc": document}), "lmms_eval")
+    assert sample.answers == ("a", "b")
+
+
 def test_an_answer_of_lmms_eval_with_two_meanings_is_refused(folder):
     document = {"question": "Which?", "options": ["3", "0", "1"], "answer": "1"}
     _, (problem,) = read(folder, "d.jsonl", lines({"doc": document, "target": "1"}), "lmms_eval")
@@ -335,7 +414,7 @@ def test_conversations(folder):
     assert first.messages == ({**QUESTION, "images": [str(folder / "a.png")]},)
     assert (second.where, second.answers, second.boxes) == ("line 2", (GROUNDED,), ((0, 0, 60, 20),))
     assert third.messages[0]["content"] == "<image>\nWhere?"  # the mark is put in front
-    assert (third.answers, third.options, third.boxes) == (("a", "2"), {"A": "x"}, None)
+    assert (third.answers, third.options, third.boxes) == (("A", "2"), {"A": "x"}, None)
     assert (fourth.question, len(fourth.messages), fourth.sizes) == ("Sure?", 3, ((WIDTH, HEIGHT),))
 
 
@@ -390,7 +469,7 @@ def test_conversations_in_every_form_that_fine_tuning_reads(folder):
         ({"messages": [QUESTION], "boxes": "none"}, "must be a list of boxes"),
         ({"messages": [{"role": "user", "content": "Hi"}], "boxes": []}, "boxes need a picture"),
         ({"messages": [QUESTION, {"role": "assistant", "content": "<|det|>[[1"}]}, "malformed boxes"),
-        ({"messages": [QUESTION], "options": ["x"]}, "'options' must be an object"),
+        ({"messages": [QUESTION], "options": "x"}, "'options' must be a list or an object, not 'x'"),
         ({"messages": [QUESTION], "id": "good"}, "that of line 2, too"),
     ],
 )
@@ -400,6 +479,24 @@ def test_bad_conversations(folder, line, reason):
     assert [sample.id for sample in samples] == ["good"]
     assert problem.where == "line 3"
     assert reason in problem.reason
+
+
+ASKED = {"conversations": [{"role": "<|User|>", "content": "q"}]}
+
+
+@pytest.mark.parametrize("options", [{"a": "x", "b": "y"}, ["x", "y"]])
+def test_options_of_conversations(folder, options):
+    content = lines({**ASKED, "id": None, "options": options, "answer": "b "}, {**ASKED, "id": None, "options": None})
+    (first, second), problems = read(folder, "data.jsonl", content)
+    assert problems == []
+    assert (first.options, first.answers) == ({"A": "x", "B": "y"}, ("B",))
+    assert (first.id, second.id, second.options) == ("line 1", "line 2", {})
+
+
+def test_options_that_no_answer_could_name_are_refused(folder):
+    samples, (problem,) = read(folder, "data.jsonl", lines({**ASKED, "options": {"1": "x", "2": "y"}, "answer": "1"}))
+    assert samples == []
+    assert "options must be named by letters" in problem.reason and "'1'" in problem.reason
 
 
 def test_a_line_that_is_not_utf8(folder):
@@ -426,7 +523,10 @@ def test_all_bad_entries_are_named_and_the_check_counts(folder):
     assert problems[1].where == "line 2"
 
 
-@pytest.mark.parametrize(("form", "content"), [("conversations", "\n"), ("refcoco_list", "[]"), ("lmms_eval", "")])
+@pytest.mark.parametrize(
+    ("form", "content"),
+    [("conversations", "\n"), ("conversations", "\ufeff\n"), ("refcoco_list", "[]"), ("lmms_eval", "")],
+)
 def test_empty_files_are_refused(folder, form, content):
     with pytest.raises(ValueError, match="empty"):
         read(folder, "d.json", content, form)

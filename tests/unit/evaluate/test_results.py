@@ -61,6 +61,21 @@ def test_categories_and_table():
     assert rows == [["category", "samples", "score"], ["all", "4", "75.00"], ["a", "2", "50.00"], ["b", "1", "100.00"]]
 
 
+def test_a_circular_question_is_right_if_it_is_in_every_order():
+    scores = {"1": 1.0, "1000001": 0.0, "2": 1.0, "2000002": 1.0, "name": 1.0}
+    records = [record(score, "a") | {"id": name} for name, score in scores.items()]
+    assert summarize_run(records)["overall"]["num_samples"] == 5
+    results = summarize_run(records, is_circular=True)
+    assert (results["overall"]["num_samples"], results["overall"]["num_right"]) == (3, 2)
+    assert results["by_category"]["a"] == results["overall"]
+
+
+def test_numbers_by_split():
+    results = summarize_run([record(1.0, split="dev"), record(0.0, split="validation"), record(1.0)])
+    assert {name: part["score"] for name, part in results["by_split"].items()} == {"dev": 100.0, "validation": 0.0}
+    assert "split validation" in format_table(results)
+
+
 def test_no_categories():
     assert summarize_run([record(1.0)])["by_category"] == {}
 

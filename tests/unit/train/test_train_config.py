@@ -63,8 +63,10 @@ def test_bias_speed_follows_what_is_trained():
 def test_yaml_json_and_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text("train_file: a.jsonl\noutput_dir: out\nlearning_rate: 1e-3\nlora_targets: [mlp]\n")
     (tmp_path / "a.json").write_text(json.dumps(PATHS | {"learning_rate": 1e-3, "lora_targets": ["mlp"]}))
-    first, second = read_config(tmp_path / "a.yaml"), read_config(tmp_path / "a.json")
-    assert first == second == TrainConfig(**PATHS, learning_rate=1e-3, lora_targets=["mlp"])
+    values = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "tabs.json").write_text(json.dumps(values, indent="\t"))
+    first, second, third = (read_config(tmp_path / name) for name in ("a.yaml", "a.json", "tabs.json"))
+    assert first == second == third == TrainConfig(**PATHS, learning_rate=1e-3, lora_targets=["mlp"])
     changed = read_config(tmp_path / "a.yaml", ["seed=7", "lora_targets=[attention, mlp]", "eval_file=null"])
     assert (changed.seed, changed.lora_targets, changed.eval_file) == (7, ["attention", "mlp"], None)
 
@@ -73,6 +75,10 @@ def test_yaml_json_and_overrides(tmp_path):
     ("content", "overrides", "message"),
     [
         ("a: [1", [], "is neither YAML nor JSON"),
+        ("train_file: 2020-13-45", [], "is neither YAML nor JSON: month must be"),
+        ("a: " + "[" * 5000, [], "is neither YAML nor JSON"),
+        ("max_steps: 1" + "0" * 400, [], "train_file"),
+        ("learning_rate: 1" + "0" * 400, [], "learning_rate"),
         ("just text", [], "holds str; it must hold keys and values"),
         ("seed: 1", ["seed"], "--set 'seed' is no key=value"),
         ("seed: 1", ["sede=2"], "unknown key 'sede' (value 2)"),

@@ -50,9 +50,10 @@ def test_records_without_settings_and_damaged_settings_are_refused(tmp_path):
     (tmp_path / RECORDS_FILE).write_text("{}")
     with pytest.raises(ValueError, match=r"no settings\.json"):
         begin_or_resume(tmp_path, SETTINGS, RECORDS_FILE)
-    (tmp_path / SETTINGS_FILE).write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        begin_or_resume(tmp_path, SETTINGS, RECORDS_FILE)
+    for content in ("{", "[]", "5"):
+        (tmp_path / SETTINGS_FILE).write_text(content)
+        with pytest.raises(ValueError, match="damaged"):
+            begin_or_resume(tmp_path, SETTINGS, RECORDS_FILE)
 
 
 def test_records_come_back_with_the_places_of_their_lines(tmp_path):
