@@ -26,6 +26,7 @@ from benchmarks.results import Figure, figures_as_json, format_table
 from benchmarks.turns import measure_turns
 from deepseek_vl2 import __version__
 from deepseek_vl2.models.cpu_features import has_fast_bfloat16
+from deepseek_vl2.models.quantization import own_quantization
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
@@ -108,9 +109,10 @@ def set_threads(num_threads: int | None) -> int:
     return num_threads
 
 
-def weights_kind(options: argparse.Namespace, dtype: torch.dtype) -> str:
-    """How weights are stored, a key of `model_size.BYTES_PER_WEIGHT`."""
-    return options.quantize or ("float32" if dtype == torch.float32 else "bfloat16")
+def weights_kind(quantize: str | None, model: Any) -> str:
+    """How a model's weights are stored, a key of `model_size.BYTES_PER_WEIGHT`."""
+    unquantized = "float32" if model.dtype == torch.float32 else "bfloat16"
+    return quantize or own_quantization(model.config) or unquantized
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if LOAD in options.parts:
         figures += measure_load(options, limits, num_threads, options.repeats)
     loaded = load_pretrained_model(**load_options(options))
-    weights = weights_kind(options, loaded.model.dtype)
+    weights = weights_kind(options.quantize, loaded.model)
     bench = Bench(loaded, weights, limits, options.repeats, options.new_tokens)
     figures += measurements.measure_limits(bench)
     for part, measure_part in PARTS.items():

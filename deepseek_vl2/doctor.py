@@ -24,7 +24,7 @@ from deepseek_vl2.utils.checkpoint_files import check_weight_files
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
-from deepseek_vl2.utils.io import resolve_model_path
+from deepseek_vl2.utils.io import check_model_type, resolve_model_path
 from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, cache_bytes_per_token, published_config, weight_bytes
 
 PROGRAM = "python -m deepseek_vl2.doctor"
@@ -163,6 +163,7 @@ def check_model(model_path: str, device: torch.device, free: int) -> dict[str, A
         return {"path": model_path, "problems": [problem]}
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
+    check_model_type(folder)
     config: Any = DeepseekVLV2Config.from_pretrained(folder)
     found = check_weight_files(folder)
     missing = [name for name in ("processor_config.json", "tokenizer.json") if not (folder / name).is_file()]

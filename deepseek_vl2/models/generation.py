@@ -8,6 +8,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .growing_cache import GrowingCache
 
+# That of the reference's `incremental_prefilling`.
+DEFAULT_CHUNK_SIZE = 1024
+
 
 def check_prompt_length(num_tokens: int, config: PreTrainedConfig) -> None:
     """Refuses more tokens than the model has positions for.
@@ -29,14 +32,24 @@ def room_for_answer(num_prompt_tokens: int, config: PreTrainedConfig) -> int:
     return num_positions - num_prompt_tokens + 1
 
 
-def check_chunk_size(chunk_size: int) -> None:
+def check_chunk_size(chunk_size: int, max_length: int | None = None) -> None:
     """Refuses sizes of chunks that there are not.
 
+    Args:
+        chunk_size: Tokens to prefill at once, or -1 for all.
+        max_length: Tokens that the model has room for, where they are known.
+
     Raises:
-        ValueError: If `chunk_size` is 0 or below -1.
+        ValueError: If `chunk_size` is 0, below -1, or larger than the context.
     """
     if chunk_size < -1 or chunk_size == 0:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
+    # The default is for small contexts, too.
+    if max_length is not None and chunk_size > max(max_length, DEFAULT_CHUNK_SIZE):
+        raise ValueError(
+            f"chunk_size {chunk_size} is larger than the context of {max_length} tokens; take -1 for the whole prompt "
+            "at once."
+        )
 
 
 class PrefilledGenerationMixin:

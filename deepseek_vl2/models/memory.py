@@ -80,7 +80,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
     """Name, shape and type of each tensor of a checkpoint."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is broken, copy or download it again: {error!r}") from error
+        files = sorted({folder / name for name in names})
     else:
         files = [folder / "model.safetensors"]
     for file in files:

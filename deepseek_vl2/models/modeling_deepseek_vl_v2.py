@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .device_placement import place_view_embeddings
-from .generation import PrefilledGenerationMixin, check_cache, check_chunk_size, check_prompt_length
+from .generation import DEFAULT_CHUNK_SIZE, PrefilledGenerationMixin, check_cache, check_chunk_size, check_prompt_length
 from .growing_cache import GrowingCache
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .parallel import CheckedSharesMixin
@@ -330,7 +330,7 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
         images: torch.Tensor | None = None,
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
-        chunk_size: int = 1024,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
         past_key_values: Cache | None = None,
         **ignored: Any,
     ) -> tuple[torch.Tensor, Cache]:
@@ -352,10 +352,10 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
             `generate`, which reads the last token.
 
         Raises:
-            ValueError: If `chunk_size` is 0 or below -1, the prompt does not fit, see `prepare_inputs_embeds`, or the
-                cache does not belong to it.
+            ValueError: If `chunk_size` is 0, below -1 or larger than the context, the prompt does not fit, see
+                `prepare_inputs_embeds`, or the cache does not belong to it.
         """
-        check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size, self.config.language_config.max_position_embeddings)
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give input_ids (with the pictures' tensors) or inputs_embeds.")

@@ -105,7 +105,7 @@ def deepseek_generate(
             model's.
     """
     options = sampling_options(max_length, temperature, top_p, repetition_penalty)
-    check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size, vl_gpt.config.language_config.max_position_embeddings)
     inputs: Any = vl_chat_processor(
         conversations=conversations,
         images=load_pil_images(conversations),

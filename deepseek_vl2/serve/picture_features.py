@@ -66,11 +66,17 @@ class PictureFeatures:
 
     Args:
         model: The model.
-        max_bytes: Memory for features; a picture of the published models takes 1 to 5 MB.
+        max_bytes: Memory for features; a picture of the published models takes 1 to 5 MB. The last one
+            stays, however large it is.
+
+    Raises:
+        ValueError: If `max_bytes` is negative.
     """
 
     def __init__(self, model: DeepseekVLV2ForCausalLM, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self._model = model
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes {max_bytes} must be at least 0.")
         self._max_bytes = max_bytes
         self._known: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -156,7 +162,7 @@ class PictureFeatures:
 
     def _remember(self, features: dict[bytes, torch.Tensor]) -> None:
         with self._lock:
-            self._known |= features
+            self._known |= {key: item.detach() for key, item in features.items()}
             size = sum(item.nbytes for item in self._known.values())
             while size > self._max_bytes and len(self._known) > 1:
                 size -= self._known.popitem(last=False)[1].nbytes

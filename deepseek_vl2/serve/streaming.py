@@ -61,7 +61,7 @@ class AnswerStream(Iterator[str]):
         chunk_size: int = -1,
         memory: PromptMemory | None = None,
     ) -> None:
-        check_chunk_size(chunk_size)
+        check_chunk_size(chunk_size, model.config.language_config.max_position_embeddings)
         if isinstance(stop_words, str):
             raise ValueError(f"stop_words is a list of texts; give [{stop_words!r}].")
         if memory is not None and memory.model is not model:

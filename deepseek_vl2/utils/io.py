@@ -40,6 +40,8 @@ NANO = "nano"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_TIMEOUT = 5.0
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+# What transformers says in a plain RuntimeError where a tensor could not be converted.
+_IN_CONVERSION = "automatic conversion"
 _PROCESSOR_FILES = ("processor_config.json", "tokenizer.json")
 
 
@@ -177,7 +179,13 @@ def load_pretrained_model(
             model or tokenizer, or weights that do not fit into memory.
         ImportError: an adapter is given and peft is not installed, or a quantisation needs another package.
     """
-    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor, check_memory, choose_quantization
+    from deepseek_vl2.models import (
+        DeepseekVLV2ForCausalLM,
+        DeepseekVLV2Processor,
+        WeightOnlyConfig,
+        check_memory,
+        choose_quantization,
+    )
 
     torch_dtype = None if dtype is None else resolve_dtype(dtype)
     if compile and pack:
@@ -189,15 +197,20 @@ def load_pretrained_model(
                 "python -m deepseek_vl2.train.merge --help"
             )
         check_adapter(adapter)
+    given = model_options.get("quantization_config")
+    if quantize is not None and given is not None:
+        raise ValueError(f"give quantize={quantize!r} or a quantization_config, not both")
+    # How the weights are held in the end.
+    kind_of_weights = given.name if isinstance(given, WeightOnlyConfig) else quantize
     model_options["device_map"] = _device_map(device, model_options)
     folder = _checkpoint_folder(resolve_model_path(path))
     processor = DeepseekVLV2Processor.from_pretrained(folder)
-    _check_config(folder)
+    check_model_type(folder)
     if torch_dtype is None:
-        torch_dtype = _choose_dtype(folder, device, quantize)
+        torch_dtype = _choose_dtype(folder, device, kind_of_weights)
     config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
     processor.check_vocab(config.language_config.vocab_size)
-    if adapter is not None and (quantize or getattr(config, "quantization_config", None)):
+    if adapter is not None and (quantize or given or getattr(config, "quantization_config", None)):
         raise ValueError(
             "an adapter cannot be put into quantised weights: merge it first (python -m deepseek_vl2.train.merge), "
             "then quantise the result"
@@ -206,7 +219,7 @@ def load_pretrained_model(
         kind = _kind_of_device(model_options["device_map"])
         model_options["quantization_config"] = choose_quantization(quantize, kind, config)
     if _is_on_cpu(model_options["device_map"]):
-        check_memory(folder, quantize, torch_dtype)
+        check_memory(folder, kind_of_weights, torch_dtype)
     try:
         loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
             folder,
@@ -218,12 +231,19 @@ def load_pretrained_model(
         )
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are broken or cut off: {error}") from error
+    except RuntimeError as error:
+        if _IN_CONVERSION not in str(error):
+            raise
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json or are broken: a part of them is missing, has another "
+            "shape or is no number; copy or download them again"
+        ) from error
     model, info = loaded
     _check_loading(info, folder)
     if adapter is not None:
         model = merge_adapter(model, adapter)
     model.eval()
-    if pack and quantize is None and _is_on_cpu(model_options["device_map"]):
+    if pack and quantize is None and given is None and _is_on_cpu(model_options["device_map"]):
         from deepseek_vl2.models.cpu_packing import pack_weights
 
         pack_weights(model)
@@ -321,11 +341,12 @@ def _download(name: str) -> str:
         raise ValueError(f"{name!r} is neither a folder here nor a possible name on the hub: {error}") from error
 
 
-def _check_config(folder: str) -> None:
-    """Refuse another kind of model.
+def check_model_type(folder: str | os.PathLike[str]) -> None:
+    """Refuses another kind of model.
 
     Raises:
-        ValueError: the config names another model type.
+        ValueError: the config is broken, or names another model type.
+        OSError: there is no config.
     """
     model_type = load_json(Path(folder) / "config.json").get("model_type")
     if model_type != MODEL_TYPE:

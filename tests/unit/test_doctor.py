@@ -97,6 +97,16 @@ def test_a_broken_checkpoint_is_named(capsys, folder):
     assert missing == "tokenizer.json is missing: the processor cannot be loaded"
 
 
+@pytest.mark.parametrize(
+    ("config", "message"), [([], "must hold a JSON object"), ({"model_type": "llama"}, "a model of type 'llama'")]
+)
+def test_another_kind_of_model_is_named_in_one_line(capsys, folder, config, message):
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["--model_path", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
 def test_a_checkpoint_that_does_not_fit_is_told_what_would(capsys, folder, monkeypatch):
     monkeypatch.setattr(doctor, "available_bytes", lambda: int(0.015 * GB))
     code, found = report(capsys, "--model_path", folder)

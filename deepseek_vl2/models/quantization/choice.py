@@ -76,6 +76,9 @@ def own_quantization(checkpoint_config: Any) -> str | None:
 
     Args:
         checkpoint_config: Configuration of the model as its folder holds it.
+
+    Raises:
+        ValueError: If its `quantization_config` is one that `WeightOnlyConfig` refuses.
     """
     found = _present(checkpoint_config)
     return _name(found) if found is not None and found.get("quant_method") == METHOD else None
@@ -88,4 +91,4 @@ def _present(checkpoint_config: Any) -> dict[str, Any] | None:
 
 def _name(config: dict[str, Any]) -> str:
     method = config.get("quant_method")
-    return f"int{config['bits']}" if method == METHOD else f"method {method}"
+    return WeightOnlyConfig(**config).name if method == METHOD else f"method {method}"

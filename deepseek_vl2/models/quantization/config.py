@@ -49,8 +49,16 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, bits: int = 8, group_size: int = 64, layout_version: int = LAYOUT_VERSION, quant_method: str = METHOD
+        self,
+        bits: int = 8,
+        group_size: int = 64,
+        layout_version: int = LAYOUT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            name, value = next(iter(unknown.items()))
+            raise ValueError(f"quantization_config has no {name!r} (value {value!r}); it has bits and group_size.")
         if bits not in QUANTIZATIONS.values():
             raise ValueError(f"bits {bits!r} must be 8 or 4.")
         if group_size not in GROUP_SIZES:

@@ -65,6 +65,12 @@ def test_prompt_in_chunks(vl_model, expected, chunk_size):
     assert new_tokens(output, BATCH) == expected
 
 
+def test_a_chunk_larger_than_the_context_is_refused(vl_model):
+    limit = vl_model.config.language_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"chunk_size 100000 is larger than the context of {limit} tokens"):
+        vl_model.incremental_prefilling(**BATCH, chunk_size=100_000)
+
+
 @pytest.mark.parametrize("chunk_size", [4, -1])
 def test_a_cache_that_was_cut_back_is_read_on_from_there(vl_model, expected, chunk_size):
     _, cache = vl_model.incremental_prefilling(**BATCH, chunk_size=9)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_vl2.doctor import check_model
+from deepseek_vl2.models import WeightOnlyConfig
 from deepseek_vl2.utils import io
 from deepseek_vl2.utils.hardware import Choice
 from deepseek_vl2.utils.io import (
@@ -174,6 +176,7 @@ def checkpoint(tmp_path, monkeypatch):
     fake.DeepseekVLV2Processor, fake.DeepseekVLV2ForCausalLM = FakeProcessor, FakeModel
     fake.check_memory, fake.choose_quantization = lambda *args: None, lambda *args: args
     fake.checkpoint_bytes, fake.own_quantization = lambda folder: 7, lambda config: None
+    fake.WeightOnlyConfig = WeightOnlyConfig
     monkeypatch.setitem(sys.modules, "deepseek_vl2.models", fake)
     monkeypatch.setattr(FakeModel, "info", {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
     for name in ("config.json", "processor_config.json", "tokenizer.json"):
@@ -359,6 +362,64 @@ def test_a_real_checkpoint_that_does_not_fit_is_refused(small_checkpoint, tmp_pa
     folder = _copy_with_weights(small_checkpoint, tmp_path / "changed", change)
     with pytest.raises(ValueError, match=message):
         load_pretrained_model(folder, "float32", "cpu")
+
+
+EXPERT = "language.model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_checkpoint_without_one_expert_is_refused(small_checkpoint, tmp_path, quantize):
+    folder = _copy_with_weights(small_checkpoint, tmp_path / "changed", lambda weights: weights.pop(EXPERT))
+    with pytest.raises(ValueError, match="a part of them is missing, has another shape"):
+        load_pretrained_model(folder, "float32", "cpu", quantize=quantize)
+
+
+def test_a_weight_that_is_no_number_is_not_quantised(small_checkpoint, tmp_path):
+    folder = _copy_with_weights(
+        small_checkpoint, tmp_path / "changed", lambda weights: weights[EXPERT].fill_(torch.nan)
+    )
+    with pytest.raises(ValueError, match="a part of them is missing, has another shape"):
+        load_pretrained_model(folder, "float32", "cpu", quantize="int8")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"meta', '{"weight_map": 5}'])
+def test_a_broken_index_is_named(small_checkpoint, tmp_path, content):
+    folder = tmp_path / "changed"
+    shutil.copytree(small_checkpoint, folder)
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is broken"):
+        load_pretrained_model(folder, "float32", "cpu")
+
+
+def test_a_quantization_config_counts_like_the_name(small_checkpoint, monkeypatch):
+    config = WeightOnlyConfig(bits=8)
+    checked = []
+    monkeypatch.setattr("deepseek_vl2.models.check_memory", lambda folder, quantize, dtype: checked.append(quantize))
+    by_config = load_pretrained_model(small_checkpoint, device="cpu", quantization_config=config, pack=True).model
+    by_name = load_pretrained_model(small_checkpoint, device="cpu", quantize="int8").model
+    assert checked == ["int8", "int8"]
+    assert by_config.dtype == by_name.dtype
+    assert all(map(torch.equal, by_config.state_dict().values(), by_name.state_dict().values()))
+    with pytest.raises(ValueError, match="quantize='int8' or a quantization_config, not both"):
+        load_pretrained_model(small_checkpoint, device="cpu", quantize="int8", quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"bits": 3}, "bits 3 must be 8 or 4"), ({"foo": 1}, "has no 'foo'"), ({"layout_version": 1}, "have layout 1")],
+)
+def test_a_damaged_quantization_config_is_refused(small_checkpoint, tmp_path, change, message):
+    folder = tmp_path / "int8"
+    loaded = load_pretrained_model(small_checkpoint, device="cpu", quantize="int8")
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_model(folder, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        check_model(str(folder), torch.device("cpu"), 10**10)
 
 
 def test_weights_that_are_cut_off_are_refused(small_checkpoint, tmp_path):
