@@ -198,7 +198,7 @@ def _align_int8_weights(model: nn.Module) -> None:
                     files.release_pages([buffer])
 
 
-def check_is_complete(model: nn.Module, checkpoint_files: list[str]) -> None:
+def check_is_complete(model: "PreTrainedModel", checkpoint_files: list[str]) -> None:
     """Refuses a quantised checkpoint of which a part is missing, by the headers of its files.
 
     Raises:
@@ -208,20 +208,25 @@ def check_is_complete(model: nn.Module, checkpoint_files: list[str]) -> None:
     for file in checkpoint_files:
         try:
             header = read_header(Path(file))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"The quantised checkpoint is broken or half written: {file}: {error}") from error
         found |= {name: (tensor["shape"], tensor["dtype"]) for name, tensor in header.items()}
     types = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16"}
-    wrong = [
-        name
+    quantized = {
+        name: types[buffer.dtype]
         for module_name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
         for name, buffer in module.named_buffers(prefix=module_name, recurse=False)
-        if found.get(name) != (list(buffer.shape), types[buffer.dtype])
-    ]
+    }
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    wrong = []
+    for name, tensor in expected.items():
+        shape, kind = found.get(name, ([], ""))
+        if shape != list(tensor.shape) or quantized.get(name, kind) != kind:
+            wrong.append(name)
     if wrong:
         raise ValueError(
-            f"The quantised checkpoint is half written, or not of this configuration: {len(wrong)} quantised weights "
+            f"The quantised checkpoint is half written, or not of this configuration: {len(wrong)} weights "
             f"are missing or of another shape, such as {wrong[0]}. Quantise and save the original again."
         )
 

@@ -151,6 +151,9 @@ def test_estimated_bytes_are_those_of_the_loaded_model(folder, loaded, saved, or
     assert checkpoint_bytes(folder) == sum(tensor.nbytes for tensor in original.state_dict().values())
 
 
+UNQUANTIZED = ("language.model.embed_tokens.weight", "language.model.norm.weight", "vision.blocks.0.attn.qkv.bias")
+
+
 def damaged_copy(source, target, change) -> None:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -162,14 +165,28 @@ def _cut(folder):
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-def _lose_a_weight(folder):
-    for shard in folder.glob("model-*"):
-        tensors = load_file(shard)
-        if tensors.pop("language.lm_head.weight_scales", None) is not None:
-            save_file(tensors, shard, metadata={"format": "pt"})
+def _lose(name):
+    def change(folder):
+        for shard in folder.glob("model-*"):
+            tensors = load_file(shard)
+            if tensors.pop(name, None) is not None:
+                save_file(tensors, shard, metadata={"format": "pt"})
+
+    return change
 
 
-@pytest.mark.parametrize(("change", "message"), [(_cut, "half written"), (_lose_a_weight, "half written.*lm_head")])
+def _lose_a_shard(folder):
+    max(folder.glob("model-*")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_cut, "half written"),
+        (_lose_a_shard, "half written|No such file"),
+        *((_lose(name), f"half written.*{name}") for name in ("language.lm_head.weight_scales", *UNQUANTIZED)),
+    ],
+)
 def test_half_written_checkpoints_are_refused(saved, tmp_path, change, message):
     damaged_copy(saved, tmp_path, change)
     with pytest.raises(ValueError, match=message):
