@@ -123,12 +123,10 @@ def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
 
 
 def _pictures(row: TsvRow, options: ReadOptions) -> tuple[PictureSource, ...]:
-    entries = [picture for entry in listed(row.cells.get("image")) for picture in _image(entry, row.images, options)]
-    return tuple(entries) or tuple(picture_path(name, options.picture_root) for name in _paths(row))
-
-
-def _paths(row: TsvRow) -> list[Any]:
-    return listed(row.cells.get("image_path"))
+    pictures = [picture for entry in listed(row.cells.get("image")) for picture in _image(entry, row.images, options)]
+    if pictures:
+        return tuple(pictures)
+    return tuple(picture_path(name, options.picture_root) for name in listed(row.cells.get("image_path")))
 
 
 def _image(entry: Any, images: Mapping[str, str], options: ReadOptions) -> list[PictureSource]:
