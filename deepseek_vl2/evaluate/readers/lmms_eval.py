@@ -124,8 +124,9 @@ def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Ma
 
 def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], has_target: bool) -> str:
     """The letter of an answer that is given as an option's text, or as its place among `letters`."""
-    if letter_of(answer, options) in options:
-        return letter_of(answer, options)
+    letter = letter_of(answer, options)
+    if letter in options:
+        return letter
     named = next((letter for letter, option in options.items() if option == answer), None)
     is_place = answer.isascii() and answer.isdecimal() and int(answer) < len(letters)
     placed = letters[int(answer)] if is_place and letters[int(answer)] in options else None
