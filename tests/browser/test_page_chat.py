@@ -1,14 +1,18 @@
 """The page as one user meets it: examples, pictures, streaming, boxes, changes to the conversation, looks."""
 
+import asyncio
 import base64
 import json
 import re
 
+import gradio as gr
 import pytest
-from browsing import ANSWER, DESKTOP, PHONE
+from browsing import ANSWER, DESKTOP, PHONE, wait_until
+from gradio.components.base import _Keywords
 from PIL import Image
 
 WHERE = "<|ref|>The red star.<|/ref|>."
+FINISHED = _Keywords.FINISHED_ITERATING  # stands for gradio's own last message, which repeats what was sent before
 WINDOWS = {"desktop": DESKTOP, "phone": PHONE}
 
 
@@ -147,16 +151,27 @@ def test_the_last_turn_can_be_repeated_changed_and_removed(visitor, slow_model, 
     assert visitor.textarea.input_value() == ""
 
 
-def test_new_at_any_moment_of_an_answer(visitor):
+@pytest.mark.parametrize("late_message", ["answer", "closing"])
+def test_the_end_of_an_answer_does_not_come_back_in_a_new_conversation(visitor, monkeypatch, late_message):
     page = visitor.page
-    for delay in range(0, 240, 16):
-        visitor.send("What color is the star?")
-        page.wait_for_selector("#chat .message.user")
-        page.wait_for_timeout(delay)
-        page.evaluate("document.querySelector('#new').click()")
-        page.wait_for_selector("#chat button.example")
-        page.wait_for_timeout(300)  # for what may come too late
-        assert page.locator("#chat .message").count() == 0
+    prepare_output, sent = gr.Blocks.postprocess_data, []
+
+    async def prepare_slowly(blocks, block_fn, predictions, *arguments):
+        is_closing = predictions[0] is FINISHED
+        is_answer = len(predictions) == 4 and not is_closing and predictions[2].get("submit_btn") is True
+        if is_answer if late_message == "answer" else is_closing:
+            sent.append(predictions)
+            await asyncio.sleep(1.0)
+        return await prepare_output(blocks, block_fn, predictions, *arguments)
+
+    monkeypatch.setattr(gr.Blocks, "postprocess_data", prepare_slowly)
+    visitor.send("What color is the star?")
+    wait_until(lambda: sent)
+    page.locator("#new").click()
+    page.wait_for_selector("#chat button.example")
+    page.wait_for_timeout(1500)  # for what may come too late
+    assert page.locator("#chat .message").count() == 0
+    visitor.ask("What color is the circle?")  # the page goes on
 
 
 def test_words_can_be_copied_as_they_were_written(visit):

@@ -191,7 +191,7 @@ class Demo:
         self.chat.edit(self.ask_edited, values, **answering)
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
         self.question.stop(self.stop, None, None, **at_once)
-        # Through the queue as the answers, or the end of one that came a little later would be shown again.
+        # Through the queue, as the answers: what it sends arrives in the order in which it was sent.
         in_turn: dict[str, Any] = {**answering, "outputs": [self.chat, self.status, self.question]}
         self.chat.undo(self.take_back, None, **in_turn)
         gr.on([self.new.click, self.chat.clear], self.start_anew, None, **in_turn)
@@ -246,17 +246,19 @@ class Demo:
         if job is not None:
             self.engine.cancel(job)
 
-    def start_anew(self, request: gr.Request) -> tuple[Any, str, Any]:
+    async def start_anew(self, request: gr.Request) -> tuple[Any, str, Any]:
         """Begin a new conversation."""
         session = self._session(request)
         self._forget(session)
-        return [], "", _idle_box(value=None)
+        await session.all_is_shown.wait()
+        return rendering.chat_messages(session), "", _idle_box(value=None)
 
-    def take_back(self, request: gr.Request) -> tuple[Any, str, Any]:
+    async def take_back(self, request: gr.Request) -> tuple[Any, str, Any]:
         """Remove the last turn and give its question back, to be changed."""
         session = self._session(request)
         self._end(session)
         turn = session.remove_last()
+        await session.all_is_shown.wait()
         box = _idle_box(value=_as_input(turn.question)) if turn else gr.update()
         return rendering.chat_messages(session), "", box
 
@@ -322,26 +324,30 @@ class Demo:
             settings = self._check(session, question, values)
         except UserError as error:
             yield shown(rendering.error_line(error.describe(session.language)), gr.update())
+            yield _NOTHING_NEW
             return
         turn = Turn(question)  # type: ignore[arg-type]
         replaced = _Replaced.of(session, start)
         job = self._submit(session, turn, settings)
-        yield shown(self._job_line(job, session), _busy_box(value=None) if is_draft else _busy_box())
+        is_shown = session.all_is_shown = asyncio.Event()
         try:
-            async for _ in self._watch(job):
-                yield shown(self._job_line(job, session), gr.update())
-            failure = _failure(job)
-        finally:  # also when the user has gone
-            is_withdrawn = self._finish(session, turn, job, replaced)
-        box = _idle_box(value=_as_input(question)) if is_withdrawn and gives_back else _idle_box()
-        if failure is not None:
-            message = self._describe(failure, session.language)
-            yield shown(rendering.error_line(message), box)
-            return
-        notice = ""
-        if settings.temperature > _HOT:
-            notice = rendering.notice_line(text("hot", session.language, limit=_HOT))
-        yield shown(notice, box)
+            yield shown(self._job_line(job, session), _busy_box(value=None) if is_draft else _busy_box())
+            try:
+                async for _ in self._watch(session, job):
+                    yield shown(self._job_line(job, session), gr.update())
+                failure = _failure(job)
+            finally:  # also when the user has gone
+                is_withdrawn = self._finish(session, turn, job, replaced)
+            box = _idle_box(value=_as_input(question)) if is_withdrawn and gives_back else _idle_box()
+            notice = ""
+            if failure is not None:
+                notice = rendering.error_line(self._describe(failure, session.language))
+            elif settings.temperature > _HOT:
+                notice = rendering.notice_line(text("hot", session.language, limit=_HOT))
+            yield shown(notice, box)
+            yield _NOTHING_NEW
+        finally:
+            is_shown.set()
 
     def _check(self, session: Session, question: Question | None, values: tuple[Any, ...]) -> Settings:
         """Refuse what cannot be answered, before it waits in the queue.
@@ -369,11 +375,11 @@ class Demo:
         session.job = self.engine.submit(session.key, Request(earlier, turn.question, settings, session.num_left_out))
         return session.job
 
-    async def _watch(self, job: Job) -> AsyncIterator[None]:
-        """Wait for an answer; gives a sign whenever something about it has changed, and now and then anyway."""
+    async def _watch(self, session: Session, job: Job) -> AsyncIterator[None]:
+        """Wait until an answer is over or a session lets go of it; gives a sign at every change, and now and then."""
         shown: Any = None
         sent = time.monotonic()
-        while not job.future.done():
+        while session.job is job and not job.future.done():
             await asyncio.sleep(_POLL)
             now = (job.words, job.phase, self.engine.place(job), self.engine.load_state.phase)
             if now != shown or time.monotonic() - sent > _HEARTBEAT:
@@ -509,7 +515,7 @@ class Demo:
         turn = Turn(question)
         job = self._submit(session, turn, settings)
         try:
-            async for _ in self._watch(job):
+            async for _ in self._watch(session, job):
                 yield {"answer": job.words, "place": self.engine.place(job), "is_final": False}
             failure = _failure(job)
         finally:
@@ -549,6 +555,8 @@ _QUESTION: dict[str, Any] = {
     "max_plain_text_length": _KEEP_PLAIN,
     "autofocus": True,
 }
+# Last of what an answer sends: gradio ends with a message that repeats it, which would undo what has come since.
+_NOTHING_NEW = tuple(gr.skip() for _ in range(4))
 _SET_LANGUAGE = "() => { document.documentElement.lang = document.querySelector('#heading h1').lang; }"
 _SWITCH_THEME = "() => { document.body.classList.toggle('dark'); }"
 
@@ -571,7 +579,7 @@ def _message_number(index: Any) -> int:
 
 def _failure(job: Job) -> BaseException | None:
     """What a job failed with, if it is something that can happen; anything else is raised."""
-    if job.future.cancelled():
+    if not job.future.done() or job.future.cancelled():
         return None
     error = job.future.exception()
     if isinstance(error, InterruptedError):

@@ -1,5 +1,6 @@
 """Who is there: one session a page, each with a conversation of its own."""
 
+import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +13,12 @@ from deepseek_vl2.serve.app_modules.texts import ENGLISH
 MAX_SESSIONS = 500
 
 
+def _is_set() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
 @dataclass(eq=False)
 class Session:
     """One open page, or one client of the API.
@@ -20,6 +27,8 @@ class Session:
         turns: the conversation.
         num_left_out: turns at its beginning that had no room once; they are not tried again.
         job: the answer that is being made.
+        all_is_shown: set as soon as the page has been sent all of the last answer; what is sent before might be
+            overtaken.
         language: of the page.
         file_address: what a file's path is put behind, to be fetched.
         key: the secret hash that the page has.
@@ -28,6 +37,7 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     num_left_out: int = 0
     job: Job | None = None
+    all_is_shown: asyncio.Event = field(default_factory=_is_set)
     language: str = ENGLISH
     file_address: str = "gradio_api/file="
     key: str = ""
