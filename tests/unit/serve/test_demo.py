@@ -1,5 +1,6 @@
 """The demo with a model that answers when it is told to: what becomes of questions, and what its server takes."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -7,6 +8,7 @@ import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import gradio as gr
 import httpx
 import pytest
 from gradio.exceptions import Error
@@ -86,11 +88,14 @@ def outputs_of(run_async):
     """Gives all that is shown; something may happen while the question waits."""
 
     async def collect(outputs, meanwhile):
-        shown = []
+        shown, tasks = [], []
         async for output in outputs:
             shown.append(output)
             if len(shown) == 1 and meanwhile is not None:
-                meanwhile()
+                doing = meanwhile()
+                tasks += [asyncio.ensure_future(doing)] if asyncio.iscoroutine(doing) else []
+        assert shown.pop() == (gr.skip(),) * 4  # gradio sends the last again
+        await asyncio.gather(*tasks)
         return shown
 
     return lambda outputs, meanwhile=None: run_async(collect(outputs, meanwhile))
@@ -235,7 +240,7 @@ def call(address, *data):
     return lines[-2].removeprefix("event: "), json.loads(lines[-1].removeprefix("data: "))
 
 
-def test_nobody_without_a_session_shares_a_conversation(demo, address, parrot):
+def test_nobody_without_a_session_shares_a_conversation(demo, address, parrot, run_async):
     body = {"data": ["secret", False, *VALUES.values()]}
     assert httpx.post(f"{address}/run/chat", json=body, timeout=TIMEOUT).status_code == 404
     for text in ("secret", "other"):
@@ -247,7 +252,7 @@ def test_nobody_without_a_session_shares_a_conversation(demo, address, parrot):
     assert [len(request.turns) for request in parrot.requests] == [0, 0, 0, 1]
     for key in (None, ""):
         with pytest.raises(Error, match="no session_hash"):
-            demo.take_back(SimpleNamespace(session_hash=key))
+            run_async(demo.take_back(SimpleNamespace(session_hash=key)))
 
 
 def test_what_is_no_message_is_not_logged(address, capfd):
