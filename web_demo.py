@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, QUANTIZATIONS, OneLineParser
 
 PICTURES = Path(__file__).parent / "images"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-QUANTIZATIONS = ("int8", "int4")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -22,6 +22,7 @@ from deepseek_vl2.batch.ray_engine import ClusterOptions, run_on_ray
 from deepseek_vl2.batch.record_file import RECORDS_FILE, RecordFile, drop_failed
 from deepseek_vl2.batch.sources import Source, open_source
 from deepseek_vl2.models.generation import check_chunk_size
+from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
 from deepseek_vl2.serve.inference import sampling_options
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import end_faults_with_own_code, run_command
@@ -72,6 +73,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="FOLDER", help="what fine-tuning made of that model with LoRA")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     group.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
+    group.add_argument("--quantize", choices=list(QUANTIZATIONS), help="hold the weights in 8 or 4 bits: less memory")
     group.add_argument("--max_new_tokens", type=int, default=512, help="length of an answer; default: 512")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, at best up to 0.7; default: 0")
     group.add_argument("--top_p", type=float, default=0.9, help="used with a temperature; default: 0.9")
@@ -115,7 +117,9 @@ def check_options(options: argparse.Namespace) -> None:
     sampling_options(options.max_new_tokens, options.temperature, options.top_p, options.repetition_penalty)
     check_chunk_size(options.chunk_size)
     if options.engine == "local":
-        resolve_device(options.device)
+        device = resolve_device(options.device)
+        if options.quantize is not None:
+            check_quantization(options.quantize, device.type)
     check_output(options.output)
 
 
@@ -126,7 +130,7 @@ def make_job(options: argparse.Namespace) -> Job:
         ValueError: see `open_source`; so are the other errors.
     """
     source = open_source(options.input, options.prompt, options.image_column, options.picture_root, options.pdf_dpi)
-    model = ModelOptions(options.model_path, options.dtype, options.device, options.adapter)
+    model = ModelOptions(options.model_path, options.dtype, options.device, options.adapter, options.quantize)
     answers = AnswerOptions(
         options.max_new_tokens,
         options.temperature,
@@ -146,8 +150,8 @@ def run_settings(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     Raises:
         OSError: the model is not there.
     """
-    names = ("prompt", "image_column", "pdf_dpi", "limit", "dtype", "max_new_tokens", "temperature", "top_p")
-    settings = {name: getattr(options, name) for name in (*names, "repetition_penalty", "seed", "no_tiling")}
+    names = ("prompt", "image_column", "pdf_dpi", "limit", "dtype", "quantize", "max_new_tokens", "temperature")
+    settings = {name: getattr(options, name) for name in (*names, "top_p", "repetition_penalty", "seed", "no_tiling")}
     return {
         # The digest is one of names (or lines) that are relative: in another folder they mean other pictures.
         "input": os.path.abspath(Path(options.input).expanduser()),  # noqa: PTH100 - also of a pattern, without ".."
@@ -222,7 +226,7 @@ def _default_dtype(options: argparse.Namespace, folder: Path) -> str | None:
     if isinstance(noted, dict) and "dtype" in noted:
         dtype: str | None = noted["dtype"]
         return dtype
-    return dtype_name(options.model_path, options.device) if options.engine == "local" else None
+    return dtype_name(options.model_path, options.device, options.quantize) if options.engine == "local" else None
 
 
 def main(arguments: list[str] | None = None) -> int:

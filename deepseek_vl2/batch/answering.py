@@ -23,6 +23,7 @@ class ModelOptions:
     dtype: str | None = None
     device: str = "auto"
     adapter: str | None = None
+    quantize: str | None = None
 
     def load(self) -> LoadedModel:
         """Loads the model.
@@ -32,7 +33,9 @@ class ModelOptions:
             ValueError: an option does not fit.
             ImportError: an adapter is given and peft is not installed.
         """
-        return load_pretrained_model(self.model_path, self.dtype, self.device, self.adapter, pack=True)
+        return load_pretrained_model(
+            self.model_path, self.dtype, self.device, self.adapter, quantize=self.quantize, pack=True
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 import argparse
 from typing import NoReturn
 
+# What can be chosen; the modules behind these names import torch.
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZATIONS = ("int8", "int4")
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""

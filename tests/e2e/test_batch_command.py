@@ -17,7 +17,7 @@ from deepseek_vl2.batch.answering import ModelOptions
 from deepseek_vl2.batch.engines import Job
 from deepseek_vl2.batch.ray_engine import WindowWorker
 from deepseek_vl2.utils import run_folder
-from deepseek_vl2.utils.io import dtype_name
+from deepseek_vl2.utils.io import dtype_name, load_pretrained_model
 from deepseek_vl2.utils.run_folder import lock_folder
 
 pytestmark = pytest.mark.e2e
@@ -207,6 +207,22 @@ def test_other_settings_are_refused(folder, whole, capsys, changes, said):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_weights_can_be_held_in_fewer_bits(folder, tmp_path, monkeypatch, capsys):
+    models = []
+
+    def load(*arguments, **options):
+        models.append(load_pretrained_model(*arguments, **options))
+        return models[-1]
+
+    monkeypatch.setattr(answering, "load_pretrained_model", load)
+    options = command(folder, tmp_path / "out.jsonl", "--limit", 1, "--quantize", "int8")
+    assert main(options) == 0
+    assert models[0].model.config.quantization_config.name == "int8"
+    assert read(tmp_path / "out.jsonl")[0]["text"]
+    assert main(options[:-2]) == 2
+    assert "quantize was 'int8', is None" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_same_names_in_another_folder_are_another_input(folder, whole, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -247,6 +263,7 @@ def test_a_fault_of_the_program_does_not_end_like_a_finished_run(folder, tmp_pat
         (["--output", "out.txt"], "out.txt"),
         (["--prompt", "{gone}"], "{gone}"),
         (["--adapter", "gone"], "gone"),
+        (["--quantize", "int8", "--dtype", "float16"], "float16"),
     ],
 )
 def test_errors_take_one_line(folder, tmp_path, capsys, changes, said):

@@ -14,11 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek_vl2.serve.picture_limits import PictureLimits
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, QUANTIZATIONS, OneLineParser
 
 PROGRAM = "python -m deepseek_vl2.serve.api"
 KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 SHUTDOWN_SECONDS = 30
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -37,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     add("--dtype", choices=DTYPES, help="default: what suits the device")
+    add("--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory")
     add("--compile", action="store_true", help="torch.compile: the first answers take minutes, later ones less")
     add("--chunk_size", type=int, default=-1, help="tokens of a prompt to read at once; default -1: all")
     add("--max_batch", type=int, default=8, help="answers at the same time; default: 8")
@@ -108,7 +108,12 @@ def serve(options: argparse.Namespace) -> None:
         from deepseek_vl2.utils.io import load_pretrained_model
 
         loaded = load_pretrained_model(
-            options.model_path, options.dtype, options.device, pack=not options.compile, compile=options.compile
+            options.model_path,
+            options.dtype,
+            options.device,
+            quantize=options.quantize,
+            pack=not options.compile,
+            compile=options.compile,
         )
         max_open = options.max_batch + options.max_waiting
         settings = ServerSettings(

@@ -61,6 +61,19 @@ def test_a_model_that_is_not_there(capsys):
     assert "there is no model folder" in capsys.readouterr().err
 
 
+def test_weights_can_be_held_in_fewer_bits(monkeypatch, capsys):
+    chosen = []
+
+    def load(*arguments, **options):
+        chosen.append((*arguments, options["quantize"]))
+        raise ValueError("not now")
+
+    monkeypatch.setattr("deepseek_vl2.utils.io.load_pretrained_model", load)
+    assert main(["--port", "0", "--device", "cpu", "--quantize", "int4"]) == 2
+    assert chosen == [("nano", None, "cpu", "int4")]
+    assert "not now" in capsys.readouterr().err
+
+
 def test_keys_come_from_the_command_line_or_the_environment(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "a, b ")
     assert api_keys(parse_arguments([])) == ("a", "b")
