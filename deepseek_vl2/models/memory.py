@@ -12,7 +12,7 @@ from .machine_limits import available_bytes
 from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
 from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
 from .quantization.packing import padded_rows
-from .weight_headers import read_header
+from .weight_headers import read_header, weight_files
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NO_LINEARS = ("embed_tokens", "gate")
@@ -78,16 +78,7 @@ def _is_tied(folder: Path) -> bool:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
     """Name, shape and type of each tensor of a checkpoint."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is broken, copy or download it again: {error!r}") from error
-        files = sorted({folder / name for name in names})
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
+    for file in sorted(weight_files(folder)):
         if not file.is_file():
             raise FileNotFoundError(f"the checkpoint lacks a file: {file}")
         try:

@@ -1,13 +1,35 @@
-"""Headers of safetensors files: what tensors a file holds, without reading them."""
+"""What a checkpoint's index and the headers of its safetensors files say, without reading any weight."""
 
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 _LENGTH_BYTES = 8
 # As in the safetensors library: no header is longer.
 _MAX_HEADER_BYTES = 100_000_000
+
+
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The files that a checkpoint's weights should be in, and which tensors its index expects in each.
+
+    Without an index it is one file, and nothing is expected of it.
+
+    Raises:
+        ValueError: The index is broken.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return {folder / WEIGHTS_FILE: set()}
+    files: dict[Path, set[str]] = {}
+    try:
+        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(folder / file, set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is broken, copy or download it again: {error!r}") from error
+    return files
 
 
 def read_header(file: Path) -> dict[str, Any]:

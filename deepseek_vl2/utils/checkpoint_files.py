@@ -1,13 +1,9 @@
 """Whether the weight files of a checkpoint are all there and whole, without reading the weights."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-from deepseek_vl2.models.weight_headers import read_header
-
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
+from deepseek_vl2.models.weight_headers import INDEX_FILE, WEIGHTS_FILE, read_header, weight_files
 
 
 class WeightFiles(NamedTuple):
@@ -26,29 +22,18 @@ class WeightFiles(NamedTuple):
 
 def check_weight_files(folder: Path) -> WeightFiles:
     """Compares index, files and headers of a checkpoint."""
-    index_file = folder / INDEX_FILE
-    if index_file.is_file():
-        return _check_shards(folder, index_file)
-    if (folder / WEIGHTS_FILE).is_file():
-        return _check_files({folder / WEIGHTS_FILE: None})
+    if (folder / INDEX_FILE).is_file() or (folder / WEIGHTS_FILE).is_file():
+        try:
+            return _check_files(weight_files(folder))
+        except ValueError as error:
+            return WeightFiles([], 0, [str(error)])
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     found = f", only {', '.join(shards[:3])}{', ...' if len(shards) > 3 else ''}" if shards else ""
     return WeightFiles([], 0, [f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}"])
 
 
-def _check_shards(folder: Path, index_file: Path) -> WeightFiles:
-    try:
-        weight_map = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        return WeightFiles([], 0, [f"{INDEX_FILE} is broken: {error!r}"])
-    names: dict[Path, set[str] | None] = {}
-    for tensor, file in weight_map.items():
-        names.setdefault(folder / file, set()).add(tensor)  # type: ignore[union-attr]
-    return _check_files(names)
-
-
-def _check_files(names: dict[Path, set[str] | None]) -> WeightFiles:
-    """Checks files that should hold the named tensors; None for any."""
+def _check_files(names: dict[Path, set[str]]) -> WeightFiles:
+    """Checks files that should hold at least the named tensors."""
     files, num_bytes, problems = [], 0, []
     for file, expected in sorted(names.items()):
         if not file.is_file():
@@ -61,7 +46,7 @@ def _check_files(names: dict[Path, set[str] | None]) -> WeightFiles:
             problems.append(str(error))
             continue
         num_bytes += sum(end - start for start, end in (tensor["data_offsets"] for tensor in header.values()))
-        lacking = sorted((expected or set()) - header.keys())
+        lacking = sorted(expected - header.keys())
         if lacking:
             problems.append(f"{file.name} lacks {len(lacking)} tensors that the index names, such as {lacking[0]}")
     return WeightFiles(files, num_bytes, problems)
