@@ -18,6 +18,8 @@ SCENE_KINDS = {"shapes": 36, "counting": 28, "text": 15, "table": 13, "chart": 8
 COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "chart": 4}
 # The same where reading is practised.
 READING_SCENE_KINDS = {"shapes": 22, "counting": 30, "text": 28, "table": 13, "chart": 7}
+# The same where both are practised in the end.
+FINISHING_SCENE_KINDS = {"shapes": 24, "counting": 50, "text": 18, "table": 5, "chart": 3}
 # The same where a second picture comes later in a conversation.
 LATER_SCENE_KINDS = {"shapes": 60, "counting": 30, "chart": 10}
 # Of shapes alone: how often they are small, and how often one is marked.

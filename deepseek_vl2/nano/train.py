@@ -26,7 +26,12 @@ from deepseek_vl2.nano.batches import (
     ViewBatch,
     ViewBatches,
 )
-from deepseek_vl2.nano.drawing import COUNTING_SCENE_KINDS, READING_SCENE_KINDS, SCENE_KINDS
+from deepseek_vl2.nano.drawing import (
+    COUNTING_SCENE_KINDS,
+    FINISHING_SCENE_KINDS,
+    READING_SCENE_KINDS,
+    SCENE_KINDS,
+)
 from deepseek_vl2.nano.growth import grow_from
 from deepseek_vl2.nano.losses import (
     ATTENDED_LAYER,
@@ -52,7 +57,7 @@ OF_OBJECTS = ("class_ids", "color_ids")
 OF_VIEWS = (*OF_OBJECTS, "bar_values")
 OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids")
 FLAGS = ("is_center", "is_marked")
-STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading")
+STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading", "finish")
 # Stages whose batches are views without questions.
 VIEW_STAGES = ("views", "letters", "print")
 LOG_EVERY = 20
@@ -106,13 +111,20 @@ class StageSettings:
         return max(0.0, min(1.0, (batch + 1) / self.warmup_batches, decay))
 
 
-def _practising_stage(num_batches: int, scene_kinds: dict[str, int], **numbers: float) -> StageSettings:
+def _practising_stage(
+    num_batches: int,
+    scene_kinds: dict[str, int],
+    matrix_lr: float = 1.6e-3,
+    other_lr: float = 1.1e-3,
+    **numbers: float,
+) -> StageSettings:
     return StageSettings(
         num_batches,
         32,
-        1.6e-3,
-        1.1e-3,
+        matrix_lr,
+        other_lr,
         last_small_share=0.35,
+        pointing_weight=8.0,
         scene_kinds=dict(scene_kinds),
         **numbers,  # type: ignore[arg-type]
     )
@@ -125,7 +137,6 @@ def _counting_stage(num_batches: int) -> StageSettings:
         warmup_batches=10,
         decay_share=1.0,
         count_weight=200.0,
-        pointing_weight=8.0,
     )
 
 
@@ -140,7 +151,19 @@ def _reading_stage(num_batches: int) -> StageSettings:
         warmup_batches=20,
         decay_share=0.7,
         count_weight=150.0,
-        pointing_weight=8.0,
+        text_weight=5.0,
+    )
+
+
+def _finishing_stage(num_batches: int) -> StageSettings:
+    return _practising_stage(
+        num_batches,
+        FINISHING_SCENE_KINDS,
+        matrix_lr=0.8e-3,
+        other_lr=0.55e-3,
+        warmup_batches=20,
+        decay_share=1.0,
+        count_weight=150.0,
         text_weight=5.0,
     )
 
@@ -158,6 +181,7 @@ class TrainingSettings:
             kind the same. The tower, which sees them by now, is fixed.
         print: Tower and projector learn print once more, and stay the same for the language model beside it.
         reading: Projector and language model learn answers again, a third of them about print.
+        finish: Everything learns answers, above all to count: print has blurred what the tower tells of objects.
         tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the losses on what tokens see, beside that of answers.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
@@ -188,6 +212,7 @@ class TrainingSettings:
     counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
     print: StageSettings = field(default_factory=lambda: _print_stage(0))
     reading: StageSettings = field(default_factory=lambda: _reading_stage(0))
+    finish: StageSettings = field(default_factory=lambda: _finishing_stage(0))
     tokens_a_row: int = 160
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
@@ -218,6 +243,7 @@ class TrainingSettings:
             counting=_counting_stage(1220),
             print=_print_stage(1700),
             reading=_reading_stage(1000),
+            finish=_finishing_stage(1000),
             start_from=str(start_from),
             **numbers,
         )
@@ -308,6 +334,7 @@ class NanoTrainer:
                 "counting": not is_tower,
                 "print": not is_language,
                 "reading": not is_tower,
+                "finish": True,
             }[self.stage]
             parameter.requires_grad_(is_learning)
         matrices: list[nn.Parameter] = []
