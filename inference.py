@@ -22,16 +22,16 @@ import transformers
 from PIL import Image
 
 from deepseek_vl2.models.generation import check_chunk_size
-from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
+from deepseek_vl2.models.quantization import check_quantization
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
 from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding, save_drawing
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
 from deepseek_vl2.serve.questions import DESCRIBE_PICTURE, place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, QUANTIZATIONS, OneLineParser
 from deepseek_vl2.utils.errors import USER_ERRORS, can_be_mended, describe_error
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
-from deepseek_vl2.utils.io import DTYPES, load_image, resolve_device
+from deepseek_vl2.utils.io import load_image, resolve_device
 from deepseek_vl2.utils.processes import (
     common_seed,
     is_first_process,
@@ -72,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions; default: 1")
     parser.add_argument("--seed", type=int, default=None, help="for repeatable sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
     parser.add_argument(
         "--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory, faster on a CPU"
     )

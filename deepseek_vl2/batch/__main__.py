@@ -22,11 +22,11 @@ from deepseek_vl2.batch.ray_engine import ClusterOptions, run_on_ray
 from deepseek_vl2.batch.record_file import RECORDS_FILE, RecordFile, drop_failed
 from deepseek_vl2.batch.sources import Source, open_source
 from deepseek_vl2.models.generation import check_chunk_size
-from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
+from deepseek_vl2.models.quantization import check_quantization
 from deepseek_vl2.serve.inference import sampling_options
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, QUANTIZATIONS, OneLineParser
 from deepseek_vl2.utils.errors import end_faults_with_own_code, run_command
-from deepseek_vl2.utils.io import DTYPES, dtype_name, resolve_device
+from deepseek_vl2.utils.io import dtype_name, resolve_device
 from deepseek_vl2.utils.run_folder import SETTINGS_FILE, begin_or_resume, folder_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.batch"
@@ -72,8 +72,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_path", default="nano", help="'nano', a checkpoint folder or a hub name; default: nano")
     group.add_argument("--adapter", metavar="FOLDER", help="what fine-tuning made of that model with LoRA")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    group.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
-    group.add_argument("--quantize", choices=list(QUANTIZATIONS), help="hold the weights in 8 or 4 bits: less memory")
+    group.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
+    group.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits: less memory")
     group.add_argument("--max_new_tokens", type=int, default=512, help="length of an answer; default: 512")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, at best up to 0.7; default: 0")
     group.add_argument("--top_p", type=float, default=0.9, help="used with a temperature; default: 0.9")

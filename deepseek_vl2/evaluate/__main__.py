@@ -19,12 +19,12 @@ from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS, Task
 from deepseek_vl2.models.generation import check_chunk_size
-from deepseek_vl2.models.quantization import QUANTIZATIONS, check_quantization
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.models.quantization import check_quantization
+from deepseek_vl2.utils.command_line import DTYPES, QUANTIZATIONS, OneLineParser
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
-from deepseek_vl2.utils.io import DTYPES, dtype_name, load_pretrained_model, resolve_device
+from deepseek_vl2.utils.io import dtype_name, load_pretrained_model, resolve_device
 from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
@@ -55,8 +55,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--no_tiling", "--no-tiling", action="store_true", help="show pictures in one view only, to see what tiles add"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
-    parser.add_argument("--quantize", choices=list(QUANTIZATIONS), help="hold the weights in 8 or 4 bits")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits")
     parser.add_argument("--num_examples", type=int, default=60, help="in the report, the worst first; default: 60")
     options = parser.parse_args(arguments)
     for name in ("limit", "batch_size", "max_new_tokens"):

@@ -20,9 +20,8 @@ from deepseek_vl2.models.special_tokens import ASSISTANT, USER
 from deepseek_vl2.nano.questions import Example, num_new_pictures
 from deepseek_vl2.nano.several import beginning_of
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, TASKS, example_at
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, OneLineParser
 from deepseek_vl2.utils.errors import USER_ERRORS, run_command
-from deepseek_vl2.utils.io import DTYPES
 
 PROGRAM = "python -m deepseek_vl2.nano.evaluate"
 MAX_NEW_TOKENS = 200
@@ -162,7 +161,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--first_scene", type=int, default=0, help="number of the first scene; default: 0")
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
     parser.add_argument("--card", type=Path, nargs="*", default=[], help="Markdown files to put the numbers into")
     options = parser.parse_args(arguments)
     if min(options.num_scenes, options.batch_size) < 1 or options.first_scene < 0:

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from deepseek_vl2.evaluate.metrics import match_boxes
 from deepseek_vl2.serve.grounding import read_grounding
 from deepseek_vl2.serve.inference import deepseek_generate
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, OneLineParser
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import USER_ERRORS, run_command
-from deepseek_vl2.utils.io import DTYPES, LoadedModel, load_image, load_pretrained_model
+from deepseek_vl2.utils.io import LoadedModel, load_image, load_pretrained_model
 
 PROGRAM = "python -m deepseek_vl2.serve.compare"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -166,7 +166,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first so many pictures")
     parser.add_argument("--output", type=Path, help="also write the result, with all differences, to this file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: what suits the device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: what suits the device")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for an answer; default: 300")
     options = parser.parse_args(arguments)
     for name in ("limit", "max_new_tokens"):

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from deepseek_vl2.utils.command_line import OneLineParser
+from deepseek_vl2.utils.command_line import DTYPES, OneLineParser
 from deepseek_vl2.utils.errors import run_command
-from deepseek_vl2.utils.io import DTYPES, load_pretrained_model
+from deepseek_vl2.utils.io import load_pretrained_model
 
 
 def merge(model_path: str, adapter: str, output: Path, dtype: str = "auto") -> None:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model_path", required=True, help="the model that the adapter was trained on")
     parser.add_argument("--adapter", required=True, help="folder of the adapter")
     parser.add_argument("--output", required=True, type=Path, help="folder for the merged model")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: auto, the model's own")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: auto, the model's own")
     options = parser.parse_args(arguments)
     return run_command(parser.prog, lambda: _merge_and_tell(options))
 
