@@ -5,8 +5,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from .machine_limits import read_text
 
 _NATIVE_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
@@ -14,7 +12,11 @@ _NATIVE_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
 
 @cache
 def has_fast_bfloat16() -> bool:
-    """Whether products in bfloat16 are at least as fast as in float32; without, torch's take many times as long."""
+    """Whether products in bfloat16 are at least as fast as in float32.
+
+    Without instructions of its own a CPU takes several times as long for many rows, with AVX512 (4.4 times, measured on
+    two cores of Cascade Lake) as without it.
+    """
     return cpu_bfloat16_support() != "none"
 
 
@@ -25,15 +27,13 @@ def cpu_bfloat16_support(root: Path = Path("/")) -> str:
         root: Where `proc` is mounted.
 
     Returns:
-        `native` (own instructions), `converted` (AVX512, to which torch's kernels convert), `none` or `unknown`.
+        `native` (own instructions), `none` or `unknown`.
     """
     if platform.system() == "Darwin":
         return "native" if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else "none"
     flags = cpu_flags(root)
     if flags.intersection(_NATIVE_BFLOAT16_FLAGS):
         return "native"
-    if "AVX512" in torch.backends.cpu.get_cpu_capability():
-        return "converted"
     return "none" if flags else "unknown"
 
 

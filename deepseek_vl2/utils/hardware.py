@@ -66,8 +66,6 @@ def choose_dtype(
 def _choose_cpu_dtype(support: str, num_bytes: int | None) -> Choice[torch.dtype]:
     if support == "native":
         return Choice(torch.bfloat16, "the CPU has instructions for bfloat16")
-    if support == "converted":
-        return Choice(torch.bfloat16, "the CPU converts bfloat16 with AVX512; it halves what is read from memory")
     if support == "unknown":
         return Choice(torch.bfloat16, "the CPU's instructions are unknown; this is the published type")
     free = available_bytes()

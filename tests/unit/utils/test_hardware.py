@@ -49,7 +49,6 @@ def test_device(monkeypatch, cuda, mps, chosen):
     ("support", "num_bytes", "chosen", "reason"),
     [
         ("native", None, torch.bfloat16, "has instructions for bfloat16"),
-        ("converted", 90 * GB, torch.bfloat16, "AVX512"),
         ("unknown", None, torch.bfloat16, "unknown"),
         ("none", None, torch.float32, "no fast bfloat16"),
         ("none", 7 * GB, torch.float32, "no fast bfloat16"),
