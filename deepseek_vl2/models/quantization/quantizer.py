@@ -1,5 +1,6 @@
 """The part that transformers calls: replaces layers, quantises each weight as it is read, loads and saves."""
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,7 @@ class WeightOnlyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         # Else saving would take the experts apart.
         model._weight_conversions = []  # type: ignore[assignment]
+        _refuse_parts_alone(model)
         _align_int8_weights(model)
         block_rows = kernels.machine_block_rows()
         if block_rows != packing.BLOCK_ROWS:
@@ -185,6 +187,20 @@ class WeightOnlyQuantizer(HfQuantizer):
 def _means_cpu(device_map: Any) -> bool:
     """Whether transformers is asked to choose devices on a machine that has no other than the CPU."""
     return isinstance(device_map, str) and device_map in AUTOMATIC_MAPS and not torch.accelerator.is_available()
+
+
+def _refuse_parts_alone(model: "PreTrainedModel") -> None:
+    """Keeps models inside the model from being saved alone: only the whole one's configuration tells of its weights."""
+    for name, part in model.named_modules():
+        if name and hasattr(part, "save_pretrained"):
+            part.save_pretrained = functools.partial(_refuse_to_save, name)
+
+
+def _refuse_to_save(name: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"{name!r} is a part of a quantised model and would not load again by itself. Save the whole model, or save "
+        "the part of the original model and quantise it with WeightOnlyConfig when it is loaded."
+    )
 
 
 def _align_int8_weights(model: nn.Module) -> None:

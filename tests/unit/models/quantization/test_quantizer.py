@@ -107,6 +107,13 @@ def test_loading_in_float32_leaves_the_quantised_weights(saved, loaded):
         assert again(**make_inputs([(1, 1)])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("part", ["language", "language.model"])
+def test_a_part_is_not_saved_alone(loaded, part, tmp_path):
+    with pytest.raises(ValueError, match=rf"'{part}' is a part of a quantised model .* Save the whole model"):
+        loaded.get_submodule(part).save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
 def test_the_file_holds_the_layout_of_checkpoints_on_every_machine(folder, saved, loaded, tmp_path, monkeypatch):
     """As if the kernel of this machine read the other number of outputs side by side."""
     if bits(loaded) == 8:
