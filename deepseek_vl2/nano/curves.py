@@ -1,6 +1,7 @@
 """Draws the losses of a training of nano: `python -m deepseek_vl2.nano.curves`."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ TOKENS = {
 }
 # Means over so many lines of the log; batches of one, two and three pictures are hard in different ways.
 WINDOW = 5
+# A line is interrupted where its loss is absent for so many batches: some stages have not all of them.
+MAX_GAP = 400
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +54,12 @@ def smoothed(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], l
             places.append(line["place"])
             values.append(line[name])
     windows = [values[max(0, end - WINDOW) : end] for end in range(1, len(values) + 1)]
-    return places, [sum(window) / len(window) for window in windows]
+    means = [sum(window) / len(window) for window in windows]
+    for number in range(len(places) - 1, 0, -1):
+        if places[number] - places[number - 1] > MAX_GAP:
+            places.insert(number, places[number])
+            means.insert(number, math.nan)
+    return places, means
 
 
 def draw_curves(log: Path, output: Path) -> None:
@@ -79,9 +87,12 @@ def draw_curves(log: Path, output: Path) -> None:
     for axis, names, title in ((axes[0], ANSWERS, "Answers"), (axes[1], TOKENS, "What image tokens say they see")):
         for name, label in names.items():
             axis.plot(*smoothed(lines, name), label=label, linewidth=1.4)
-        for stage, start in starts.items():
+        for number, (stage, start) in enumerate(starts.items()):
             axis.axvline(start, color="0.8", linewidth=0.8)
-            axis.text(start, 0.99, f" {stage}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="0.4")
+            height = 0.99 - 0.04 * (number % 2)  # names of short stages would overlap
+            axis.text(
+                start, height, f" {stage}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="0.4"
+            )
         axis.set(title=title, xlabel="batch", ylabel="loss", yscale="log")
         axis.legend(fontsize=8, loc="lower left")
         axis.grid(alpha=0.25)

@@ -1,12 +1,13 @@
 """The curves of a training: what is read from a log, and that a picture comes of it."""
 
 import json
+import math
 
 import pytest
 from PIL import Image
 
 from deepseek_vl2.nano import curves
-from deepseek_vl2.nano.curves import ANSWERS, TOKENS, WINDOW, read_log, smoothed
+from deepseek_vl2.nano.curves import ANSWERS, MAX_GAP, TOKENS, WINDOW, read_log, smoothed
 
 
 def write_log(path, lines):
@@ -33,6 +34,13 @@ def test_means_run_over_what_a_batch_holds():
     assert places == list(range(1, WINDOW + 3))
     assert means[0] == 1.0 and means[1] == 1.5
     assert means[-1] == pytest.approx(sum(range(3, WINDOW + 3)) / WINDOW)
+
+
+def test_a_line_is_interrupted_where_a_stage_has_no_such_loss():
+    lines = [{"place": place, "words": 2.0} for place in (20, 40, 40 + MAX_GAP, 41 + 2 * MAX_GAP)]
+    places, means = smoothed(lines, "words")
+    assert places == [20, 40, 40 + MAX_GAP, 41 + 2 * MAX_GAP, 41 + 2 * MAX_GAP]
+    assert [math.isnan(mean) for mean in means] == [False, False, False, True, False]
 
 
 def test_the_command_draws_a_picture(tmp_path, capsys):
