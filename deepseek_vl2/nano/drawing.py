@@ -17,9 +17,9 @@ SCENE_KINDS = {"shapes": 36, "counting": 28, "text": 15, "table": 13, "chart": 8
 # The same where counting is practised in the end; the rest is there not to be forgotten.
 COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "chart": 4}
 # The same where reading is practised.
-READING_SCENE_KINDS = {"shapes": 22, "counting": 30, "text": 28, "table": 13, "chart": 7}
+READING_SCENE_KINDS = {"shapes": 24, "counting": 36, "text": 24, "table": 10, "chart": 6}
 # The same where both are practised in the end.
-FINISHING_SCENE_KINDS = {"shapes": 24, "counting": 50, "text": 18, "table": 5, "chart": 3}
+FINISHING_SCENE_KINDS = {"shapes": 24, "counting": 46, "text": 20, "table": 6, "chart": 4}
 # The same where a second picture comes later in a conversation.
 LATER_SCENE_KINDS = {"shapes": 60, "counting": 30, "chart": 10}
 # Of shapes alone: how often they are small, and how often one is marked.

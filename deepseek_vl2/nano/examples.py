@@ -32,7 +32,7 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         None,
     ),
     "visual_grounding_3.jpeg": (
-        24,
+        35,
         (448, 336),
         (_shape("green", "circle"), _shape("green", "circle"), _shape("orange", "star"), _shape("blue", "square")),
         None,
@@ -49,7 +49,7 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         (_shape("green", "triangle"), _shape("red", "circle"), _shape("black", "star"), _shape("blue", "cross")),
         None,
     ),
-    "multi_image_1.jpeg": (4, (320, 240), (_shape("red", "circle"), _shape("red", "circle")), None),
+    "multi_image_1.jpeg": (6, (320, 240), (_shape("red", "circle"), _shape("red", "circle")), None),
     "multi_image_2.jpeg": (14, (320, 240), (_shape("blue", "square"),), None),
     "multi_image_3.jpeg": (6, (320, 240), (_shape("yellow", "star"), _shape("purple", "triangle")), None),
     "incontext_visual_grounding_1.jpeg": (7, (448, 336), (_shape("blue", "star"), _shape("orange", "circle")), 0),

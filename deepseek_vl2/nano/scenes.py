@@ -86,7 +86,7 @@ SMALL_SIDE_FRACTIONS = (0.05, 0.074)
 SUPERSAMPLE_BELOW = 320
 TEXT_MASK_SIZE = 128
 # Lowest and highest print, in pixels of the tiles: high enough to read, low enough that a word spans few of them.
-TEXT_HEIGHTS = (14.0, 28.0)
+TEXT_HEIGHTS = (20.0, 34.0)
 MARK_RGB = (255, 0, 0)
 # Of the picture's shorter side; the gap between a mark and its object is as wide.
 MARK_WIDTH_FRACTION = 0.0125

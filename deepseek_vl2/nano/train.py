@@ -63,7 +63,7 @@ VIEW_STAGES = ("views", "letters", "print")
 LOG_EVERY = 20
 # Beside the losses on image tokens.
 PATCHES_WEIGHT = 3.0
-KEEPING_WEIGHT = 3.0
+KEEPING_WEIGHT = 10.0
 # Beside the weights of `SHAPE_QUESTIONS`: counts take longest to learn.
 COUNT_WEIGHT = 90.0
 
@@ -148,8 +148,9 @@ def _reading_stage(num_batches: int) -> StageSettings:
     return _practising_stage(
         num_batches,
         READING_SCENE_KINDS,
-        warmup_batches=20,
+        warmup_batches=15,
         decay_share=0.7,
+        last_factor=0.4,
         count_weight=150.0,
         text_weight=5.0,
     )
@@ -161,7 +162,7 @@ def _finishing_stage(num_batches: int) -> StageSettings:
         FINISHING_SCENE_KINDS,
         matrix_lr=0.8e-3,
         other_lr=0.55e-3,
-        warmup_batches=20,
+        warmup_batches=10,
         decay_share=1.0,
         count_weight=150.0,
         text_weight=5.0,
@@ -210,9 +211,9 @@ class TrainingSettings:
         )
     )
     counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
-    print: StageSettings = field(default_factory=lambda: _print_stage(0))
-    reading: StageSettings = field(default_factory=lambda: _reading_stage(0))
-    finish: StageSettings = field(default_factory=lambda: _finishing_stage(0))
+    print: StageSettings = field(default_factory=lambda: _print_stage(1100))
+    reading: StageSettings = field(default_factory=lambda: _reading_stage(450))
+    finish: StageSettings = field(default_factory=lambda: _finishing_stage(450))
     tokens_a_row: int = 160
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
@@ -241,9 +242,6 @@ class TrainingSettings:
                 count_weight=COUNT_WEIGHT,
             ),
             counting=_counting_stage(1220),
-            print=_print_stage(1700),
-            reading=_reading_stage(1000),
-            finish=_finishing_stage(1000),
             start_from=str(start_from),
             **numbers,
         )

@@ -245,7 +245,7 @@ def test_scaled_settings_keep_everything_but_the_length():
     assert whole.scaled(1.0) == whole
     lengths = [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES]
     assert lengths == [min(1, getattr(whole, name).num_batches) for name in STAGES]
-    assert sum(lengths) == 5
+    assert sum(lengths) == 8
 
 
 class FakeTrainer:

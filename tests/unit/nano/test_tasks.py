@@ -80,7 +80,7 @@ def test_training_never_prints_or_asks_held_out_words(grid):
     processor = nano_processor()
     rng = split_rng("test-tasks", 0)
     printed, answered = set(), set()
-    for _ in range(250):
+    for _ in range(350):
         scene = draw_scene(rng, processor, grid, (1, MAX_COUNT))
         printed.update(words_of(scene))
         for example in ask(rng, scene, 4):
