@@ -21,9 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--share", type=float, default=1.0, help="part of each stage's batches, for a trial; default: 1"
     )
-    parser.add_argument(
-        "--start_from", type=Path, help="checkpoint of an earlier edition to grow, in half the time; default: nothing"
-    )
+    parser.add_argument("--start_from", type=Path, help="checkpoint of an earlier edition to grow; default: nothing")
     parser.add_argument("--num_threads", type=int, default=TrainingSettings.num_threads)
     parser.add_argument("--seed", type=int, default=TrainingSettings.seed, help="of the starting weights")
     options = parser.parse_args(arguments)
