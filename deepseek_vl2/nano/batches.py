@@ -41,6 +41,8 @@ IGNORE_ID = -100
 BEGINNING_SHARE = 3.0
 # How many pictures a batch's rows have, and how often.
 NUM_PICTURES = {1: 76, 2: 10, 3: 14}
+# The same where counting or reading is practised.
+PRACTISING_NUM_PICTURES = {1: 86, 2: 6, 3: 8}
 # How often each question is asked of shapes, beside a description once in a while.
 Make = Callable[[random.Random, Scene], Example | None]
 SHAPE_QUESTIONS: Mapping[Make, float] = {
@@ -171,6 +173,7 @@ class Curriculum:
         first_small_share: How often a picture has one tile only at the start, which is fastest.
         last_small_share: The same after growing.
         count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
+        num_pictures: How many pictures a batch's rows have, and how often.
         scene_kinds: What single pictures show, and how often.
     """
 
@@ -181,6 +184,7 @@ class Curriculum:
     first_small_share: float = 1.0
     last_small_share: float = 0.15
     count_weight: float = SHAPE_QUESTIONS[questions.make_count]
+    num_pictures: Mapping[int, int] = field(default_factory=lambda: NUM_PICTURES)
     scene_kinds: Mapping[str, int] = field(default_factory=lambda: SCENE_KINDS)
 
     def num_objects(self, batch: int) -> tuple[int, int]:
@@ -249,13 +253,17 @@ class ViewBatches(Dataset[ViewBatch]):
         places: list[NDArray[np.int64]] = []
         while len(views) < self.batch_size:
             grid = ONE_TILE if rng.random() < 0.4 else larger_grid(rng)
-            if self.page_share and rng.random() < self.page_share:
+            is_page = bool(self.page_share) and rng.random() < self.page_share
+            if is_page:
                 scene = page_scene(rng, size=size_for(rng, self.processor, grid, is_for_text=True))
             else:
                 scene = draw_scene(rng, self.processor, grid, (1, MAX_COUNT), SCENE_KINDS)
             all_views = self.processor.image_transform.views(scene.draw(), grid, self.processor.image_size)
             tiles = range(1, 1 + grid.num_tiles)
             chosen = [0] if grid == ONE_TILE else [0, *rng.sample(tiles, 2)]
+            if is_page and grid != ONE_TILE:
+                # Cut into tiles, a page has letters too low to be read in its global view.
+                chosen = list(tiles)
             views += [all_views[number] for number in chosen]
             cells.append(cells_of(self.processor, scene, grid, is_by_view=True).chosen(chosen))
             found = letters_of_patches(self.processor, scene, grid)
@@ -295,7 +303,8 @@ class AnswerBatches(Dataset[AnswerBatch]):
 
     def __getitem__(self, index: int) -> AnswerBatch:
         rng = split_rng(self.split, index)
-        num_pictures = rng.choices(list(NUM_PICTURES), list(NUM_PICTURES.values()))[0]
+        weights = self.curriculum.num_pictures
+        num_pictures = rng.choices(list(weights), list(weights.values()))[0]
         is_small = rng.random() < self.curriculum.small_share(index)
         # Rows of a batch have pictures of about the same size, so that little is padded.
         num_rows = max(1, self.batch_size // 2) if num_pictures == 2 and not is_small else self.batch_size

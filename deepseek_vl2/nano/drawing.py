@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.tiling import TileGrid, choose_grid
-from deepseek_vl2.nano.layouts import chart_scene, reading_scene, table_scene, text_scene
+from deepseek_vl2.nano.layouts import chart_scene, page_scene, reading_scene, table_scene, text_scene
 from deepseek_vl2.nano.questions import MAX_COUNT, counting_scene
 from deepseek_vl2.nano.scenes import Scene, Size, mark_object, random_scene, random_size, small_scene
 
@@ -17,7 +17,7 @@ SCENE_KINDS = {"shapes": 36, "counting": 28, "text": 15, "table": 13, "chart": 8
 # The same where counting is practised in the end; the rest is there not to be forgotten.
 COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "chart": 4}
 # The same where reading is practised.
-READING_SCENE_KINDS = {"shapes": 24, "counting": 36, "text": 24, "table": 10, "chart": 6}
+READING_SCENE_KINDS = {"shapes": 12, "counting": 28, "text": 40, "page": 10, "table": 7, "chart": 3}
 # The same where both are practised in the end.
 FINISHING_SCENE_KINDS = {"shapes": 24, "counting": 46, "text": 20, "table": 6, "chart": 4}
 # The same where a second picture comes later in a conversation.
@@ -51,11 +51,13 @@ def draw_scene(
         kinds: What it shows, and how often.
     """
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
-    size = size_for(rng, processor, grid, is_for_text=kind in ("text", "table", "chart"))
+    size = size_for(rng, processor, grid, is_for_text=kind in ("text", "page", "table", "chart"))
     if kind == "text":
         if rng.random() < FEW_TEXTS_PROBABILITY:
             return reading_scene(rng, rng.choice(("word", "number")), size=size)
         return text_scene(rng, size=size)
+    if kind == "page":
+        return page_scene(rng, size=size)
     if kind == "table":
         return table_scene(rng, size=size)
     if kind == "chart":

@@ -37,7 +37,7 @@ STEP_RGB = (205, 205, 212)
 MAX_BAR = 10
 AXIS_LABELS = (0, 5, 10)
 # Heights of the letters of a page, and the least of a table, in pixels of the tiles.
-PAGE_LETTER_HEIGHTS = (14.0, 34.0)
+PAGE_LETTER_HEIGHTS = (16.0, 36.0)
 TABLE_LETTER_HEIGHT = 16.0
 # Of the height of a row.
 TABLE_LETTER_FRACTIONS = (0.5, 0.66)

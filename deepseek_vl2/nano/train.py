@@ -19,6 +19,8 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.cpu_features import has_fast_bfloat16
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
 from deepseek_vl2.nano.batches import (
+    NUM_PICTURES,
+    PRACTISING_NUM_PICTURES,
     SHAPE_QUESTIONS,
     AnswerBatch,
     AnswerBatches,
@@ -84,9 +86,10 @@ class StageSettings:
         last_small_share: How often a picture has one tile only after that.
         count_weight: How often a question asks for a count, see `SHAPE_QUESTIONS`.
         page_share: How often a picture is a page of text, where views are learnt from.
+        num_pictures: How many pictures a batch's rows have, and how often, where answers are learnt.
         scene_kinds: What single pictures show, and how often, where answers are learnt.
         pointing_weight: Weight of the loss on where attention goes, beside that of answers.
-        text_weight: Weight of the loss on letters by their place, among those on what tokens see.
+        text_weight: Weight of the loss on letters, among those on what tokens see.
     """
 
     num_batches: int
@@ -100,6 +103,7 @@ class StageSettings:
     last_small_share: float = 0.15
     count_weight: float = SHAPE_QUESTIONS[make_count]
     page_share: float = 0.0
+    num_pictures: dict[int, int] = field(default_factory=lambda: dict(NUM_PICTURES))
     scene_kinds: dict[str, int] = field(default_factory=lambda: dict(SCENE_KINDS))
     pointing_weight: float = 0.5
     text_weight: float = 1.0
@@ -125,6 +129,7 @@ def _practising_stage(
         other_lr,
         last_small_share=0.35,
         pointing_weight=8.0,
+        num_pictures=dict(PRACTISING_NUM_PICTURES),
         scene_kinds=dict(scene_kinds),
         **numbers,  # type: ignore[arg-type]
     )
@@ -141,7 +146,9 @@ def _counting_stage(num_batches: int) -> StageSettings:
 
 
 def _print_stage(num_batches: int) -> StageSettings:
-    return StageSettings(num_batches, 96, 2.4e-3, 1.6e-3, warmup_batches=20, decay_share=0.6, page_share=0.7)
+    return StageSettings(
+        num_batches, 96, 2.4e-3, 1.6e-3, warmup_batches=20, decay_share=0.6, page_share=0.7, text_weight=3.0
+    )
 
 
 def _reading_stage(num_batches: int) -> StageSettings:
@@ -392,7 +399,7 @@ class NanoTrainer:
         return {"vision": self.model.vision, "projector": self.model.projector}
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        weights = {"dense_text": self.stage_settings.text_weight}
+        weights = dict.fromkeys(("dense_letters", "dense_text"), self.stage_settings.text_weight)
         read = {name: loss for name, loss in losses.items() if name.startswith(("dense_", "attended_"))}
         dense = sum((weights.get(name, 1.0) * loss for name, loss in read.items()), torch.zeros(()))
         if "answer" not in losses:
@@ -478,6 +485,7 @@ class NanoTrainer:
                 settings.growing_share,
                 last_small_share=settings.last_small_share,
                 count_weight=settings.count_weight,
+                num_pictures=settings.num_pictures,
                 scene_kinds=settings.scene_kinds,
             )
             dataset = AnswerBatches(

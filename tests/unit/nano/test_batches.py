@@ -412,6 +412,18 @@ def test_a_curriculum_chooses_what_single_pictures_show(processor):
     dataset = AnswerBatches(processor, curriculum, 4, MANY_TOKENS, split="test-tables")
     of_tables = [batch for batch in map(dataset.__getitem__, range(8)) if (batch.cells.row_ids >= 0).any()]
     assert len(of_tables) >= 4  # the others have several pictures
+    curriculum = Curriculum(1, growing_share=0.0, num_pictures={1: 1}, scene_kinds={"page": 1})
+    of_pages = AnswerBatches(processor, curriculum, 8, MANY_TOKENS, split="test-pages")[0]
+    assert len(set(of_pages.cell_rows.tolist())) == 8 and of_pages.images_spatial_crop.shape[1] == 1
+    # A page has more letters than a scene of a few texts.
+    assert (of_pages.cells.letters >= 0).sum() / 8 > 20
+
+
+@pytest.mark.parametrize("num_pictures", [1, 2, 3])
+def test_a_curriculum_chooses_how_many_pictures_rows_have(processor, num_pictures):
+    curriculum = Curriculum(1, growing_share=0.0, num_pictures={num_pictures: 1})
+    batch = AnswerBatches(processor, curriculum, 4, MANY_TOKENS, split="test-numbers")[0]
+    assert batch.images_spatial_crop.shape[1] == num_pictures
 
 
 def test_questions_fit_what_is_shown(processor):
@@ -489,7 +501,8 @@ def test_pages_make_up_their_share_of_view_batches(processor):
         dataset = ViewBatches(processor, 1, 60, page_share=page_share, split="test-pages")
         return float((dataset[0].cells.letters >= 0).any(-1).flatten(1).any(1).float().mean())
 
-    assert share_with_letters(0.0) < 0.6 < share_with_letters(1.0)
+    # No global views of pages that are cut into tiles, whose letters are too low.
+    assert share_with_letters(0.0) < 0.6 < 0.9 < share_with_letters(1.0)
     assert not is_same(ViewBatches(processor, 2, 4, split="one")[1], ViewBatches(processor, 2, 4, split="two")[1])
 
 
