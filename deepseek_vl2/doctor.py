@@ -20,12 +20,18 @@ from packaging.requirements import Requirement
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
-from deepseek_vl2.utils.checkpoint_files import check_weight_files
+from deepseek_vl2.utils.checkpoint_files import check_weight_files, compare_shapes
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
 from deepseek_vl2.utils.io import check_model_type, resolve_model_path
-from deepseek_vl2.utils.model_size import PUBLISHED_SIZES, cache_bytes_per_token, published_config, weight_bytes
+from deepseek_vl2.utils.model_size import (
+    PUBLISHED_SIZES,
+    cache_bytes_per_token,
+    checkpoint_shapes,
+    published_config,
+    weight_bytes,
+)
 
 PROGRAM = "python -m deepseek_vl2.doctor"
 VERSIONS_OF = ("torch", "transformers", "timm")
@@ -34,6 +40,8 @@ CONTEXT = 4096
 # Above this share of the free memory a model leaves little for what it computes.
 TIGHT = 0.9
 GB = 1e9
+# Names of tensors that a checkpoint may lack.
+NOT_NEEDED = tuple(DeepseekVLV2ForCausalLM._keys_to_ignore_on_load_missing)
 
 
 def diagnose(model_path: str | None = None) -> dict[str, Any]:
@@ -169,6 +177,8 @@ def check_model(model_path: str, device: torch.device, free: int) -> dict[str, A
     missing = [name for name in ("processor_config.json", "tokenizer.json") if not (folder / name).is_file()]
     problems = found.problems + [f"{name} is missing: the processor cannot be loaded" for name in missing]
     quantized = own_quantization(config)
+    if not found.problems and not quantized:
+        problems += compare_shapes(found.shapes, checkpoint_shapes(config), NOT_NEEDED)
     # The files' headers say what the weights take as 16 bits; a folder that lacks a file cannot be loaded anyway.
     num_bytes = found.num_bytes if found.problems else checkpoint_bytes(folder)
     dtype = choose_dtype(device, num_bytes, quantized)

@@ -52,11 +52,16 @@ def published_config(size: str) -> DeepseekVLV2Config:
 
 
 def checkpoint_shapes(config: DeepseekVLV2Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a checkpoint, in the published layout: experts stand one by one."""
+    """Names and shapes of all tensors of a checkpoint, in the published layout: experts stand one by one.
+
+    An output layer that shares its weight with the embeddings is not among them.
+    """
     with torch.device("meta"):
         model = DeepseekVLV2ForCausalLM(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
         shape = tuple(tensor.shape)
         fused = _FUSED_EXPERTS.match(name)
         if fused is None:
@@ -87,6 +92,8 @@ def active_weights_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
     language = config.language_config
     counts = parameters_by_part(config)
     active = {part: counts[part] for part in ("attention", "dense_mlp", "router", "shared_experts", "lm_head")}
+    if language.tie_word_embeddings:
+        active["lm_head"] = counts["embeddings"]
     active["experts"] = counts["experts"]
     if language.n_routed_experts:
         active["experts"] = counts["experts"] * language.num_experts_per_tok // language.n_routed_experts

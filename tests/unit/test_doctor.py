@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deepseek_vl2 import doctor, nano
 from deepseek_vl2.doctor import fit_of, main
@@ -95,6 +96,21 @@ def test_a_broken_checkpoint_is_named(capsys, folder):
     broken, missing = found["model"]["problems"]
     assert "copy or download it again" in broken
     assert missing == "tokenizer.json is missing: the processor cannot be loaded"
+
+
+def test_tensors_that_are_not_the_models_are_named(capsys, folder):
+    weights = load_file(folder / "model.safetensors")
+    norm = "language.model.layers.0.input_layernorm.weight"
+    expert = "language.model.layers.1.mlp.experts.3.up_proj.weight"
+    weights[norm] = weights[norm][:-1].clone()
+    del weights[expert], weights["language.lm_head.weight"]
+    save_file(weights, folder / "model.safetensors")
+    code, found = report(capsys, "--model_path", folder)
+    assert code == 1
+    assert found["model"]["problems"] == [
+        "2 tensors of its config.json's model are missing, such as language.lm_head.weight",
+        f"1 tensors do not fit its config.json, such as {norm} of shape [191] instead of [192]",
+    ]
 
 
 @pytest.mark.parametrize(

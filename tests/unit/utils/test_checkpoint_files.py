@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_vl2.models.weight_headers import read_header
-from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, check_weight_files
+from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, check_weight_files, compare_shapes
 
 FIRST, SECOND = "model-1.safetensors", "model-2.safetensors"
 
@@ -26,11 +26,12 @@ def test_a_whole_checkpoint_of_shards(sharded):
     assert found.problems == []
     assert [file.name for file in found.files] == [FIRST, SECOND]
     assert found.num_bytes == 12 * 4 + 5 * 2 + 2 * 4
+    assert found.shapes == {"a": (3, 4), "b": (5,), "c": (2,)}
 
 
 def test_a_whole_checkpoint_in_one_file(tmp_path):
     save_file({"a": torch.zeros(3, 4)}, tmp_path / WEIGHTS_FILE)
-    assert check_weight_files(tmp_path) == ([tmp_path / WEIGHTS_FILE], 48, [])
+    assert check_weight_files(tmp_path) == ([tmp_path / WEIGHTS_FILE], 48, [], {"a": (3, 4)})
     assert read_header(tmp_path / WEIGHTS_FILE)["a"]["shape"] == [3, 4]
 
 
@@ -71,3 +72,13 @@ def test_shards_without_an_index_are_no_checkpoint(sharded):
     (problem,) = check_weight_files(sharded).problems
     assert problem.endswith(f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}, only {FIRST}, {SECOND}")
     assert check_weight_files(sharded / "nowhere").num_bytes == 0
+
+
+def test_shapes_are_compared_with_those_of_a_model():
+    expected = {"a": (3, 4), "b": (5,), "pool.c": (2,)}
+    assert compare_shapes(expected | {"more": (1,)}, expected) == []
+    missing, other = compare_shapes({"b": (6,)}, expected)
+    assert missing == "2 tensors of its config.json's model are missing, such as a"
+    assert other == "1 tensors do not fit its config.json, such as b of shape [6] instead of [5]"
+    (missing,) = compare_shapes({"b": (5,)}, expected, (r"^pool\.",))
+    assert missing.startswith("1 tensors")

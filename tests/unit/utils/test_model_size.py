@@ -6,6 +6,7 @@ from small_models import VARIANTS, vl_config
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.memory import is_quantized
+from deepseek_vl2.models.weight_headers import read_header
 from deepseek_vl2.utils.model_size import (
     PARTS,
     PUBLISHED_SIZES,
@@ -40,6 +41,17 @@ def test_shapes_are_those_of_a_saved_checkpoint(variant, tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     assert checkpoint_shapes(config) == saved
+
+
+def test_a_tied_output_layer_is_counted_once_and_read_all_the_same(tmp_path):
+    config, untied = vl_config(VARIANTS["tiny"]), vl_config(VARIANTS["tiny"])
+    config.language_config.tie_word_embeddings = True
+    DeepseekVLV2ForCausalLM(config).save_pretrained(tmp_path)
+    assert checkpoint_shapes(config) == {
+        name: tuple(tensor["shape"]) for name, tensor in read_header(tmp_path / "model.safetensors").items()
+    }
+    assert parameters_by_part(config)["lm_head"] == 0 < active_weights_by_part(config)["lm_head"]
+    assert active_weights_by_part(config) == active_weights_by_part(untied)
 
 
 def test_every_key_has_a_part_and_the_rest_are_norms():
