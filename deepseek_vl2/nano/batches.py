@@ -208,7 +208,7 @@ class ViewBatch:
         views: [V, 3, S, S].
         cells: Of their image tokens.
         patch_letters: Letter of each patch, index into `SIGNS`, -1 for none, [V, P, P].
-        patch_places: Place of that letter in its text, -1 where it cannot be known, [V, P, P].
+        patch_places: Place of that letter in what the view shows of its text, see `PatchLetters.places`, [V, P, P].
     """
 
     views: torch.Tensor

@@ -212,7 +212,9 @@ class DenseHeads(nn.Module):
 
 
 class LetterHead(nn.Module):
-    """Reads off a patch of the tower which letter it shows, if any, and its place in its text. Only for training.
+    """Reads off a patch of the tower which letter it shows, if any, and its place in its view's part of the text.
+
+    Only for training.
 
     Letters are smaller than image tokens: told of single patches, they are learnt several times faster. And the tower
     sees a text from both ends, where the language model only looks back.

@@ -226,7 +226,8 @@ class PatchLetters(NamedTuple):
 
     Attributes:
         signs: Indices into `SIGNS`, -1 for none, [V, P, P].
-        places: Its place in its text, -1 for none and where the text begins outside the view, [V, P, P].
+        places: Its place in the part of its text that the view shows, -1 for none, and for a letter whose middle is
+            left of the view, [V, P, P].
     """
 
     signs: NDArray[np.int64]
@@ -242,24 +243,24 @@ def letters_of_patches(processor: DeepseekVLV2Processor, scene: Scene, grid: Til
         grid: Its tiles.
     """
     rectangles = view_rectangles(*scene.size, *grid, side=processor.image_size)
+    view_starts = rectangles[:, 0]
     signs: list[int] = []
-    places: list[int] = []
-    starts: list[float] = []
+    places = [np.full((len(rectangles), 1), -1)]  # [V, letters]; the last column is for no letter, as in `signs`
     boxes: list[Box] = []
     for item in scene.texts:
         signs += [SIGNS.index(sign) for sign in item.name]
-        places += range(len(item.name))
-        starts += [item.box[0]] * len(item.name)
+        middles = np.array([x for x, _ in item.letter_centers()])
+        num_left_out = (middles < view_starts[:, None]).sum(axis=1)
+        places.insert(-1, np.arange(len(middles)) - num_left_out[:, None])
         boxes += item.letter_boxes()
     number = covering_boxes(boxes, rectangles, processor.image_size // processor.patch_size, MIN_LETTER_COVER)
     scales = processor.image_size / (rectangles[:, 2] - rectangles[:, 0])
     heights = np.array([y2 - y1 for _, y1, _, y2 in boxes] + [0.0])[number] * scales[:, None, None]
     is_read = heights >= MIN_LETTER_PIXELS
-    # Up to a pixel of the first letter may be missing.
-    begins = np.array([*starts, 0.0])[number] >= rectangles[:, 0, None, None] - 1 / scales[:, None, None]
+    place = np.take_along_axis(np.concatenate(places, axis=1)[:, None], number, axis=2)
     return PatchLetters(
         np.where(is_read, np.array([*signs, -1])[number], -1),
-        np.where(is_read & begins, np.array([*places, -1])[number], -1),
+        np.where(is_read, np.maximum(place, -1), -1),
     )
 
 

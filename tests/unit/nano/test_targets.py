@@ -257,12 +257,22 @@ def test_letters_too_low_to_be_read_are_asked_of_no_patch(processor):
         assert (of_patches[0] == -1).all() and (of_patches[3] >= 0).any()
 
 
-def test_places_are_not_asked_where_a_text_begins_in_another_view(processor):
-    """The word reaches from the left tile into the right one."""
+def test_places_are_counted_from_where_a_view_begins(processor):
+    """The word reaches from the left tile into the right one, which ends and begins at 112, within the A."""
     word = object_at((70.0, 20.0, 154.0, 44.0), "CAT", "dark", "word")
     found = letters_of_patches(processor, scene_of(word), TWO_BY_TWO)
-    assert set(found.places[1].flatten().tolist()) >= {0, 1}
-    assert (found.signs[2] >= 0).any() and (found.places[2] == -1).all()
+    # The A's middle, 114, is in the right tile.
+    for view, texts in ((1, {("C", 0), ("A", 1)}), (2, {("A", 0), ("T", 1)})):
+        is_letter = found.signs[view] >= 0
+        signs = [SIGNS[number] for number in found.signs[view][is_letter]]
+        assert set(zip(signs, found.places[view][is_letter].tolist(), strict=True)) == texts
+    moved = object_at((81.0, 20.0, 165.0, 44.0), "CAT", "dark", "word")  # the C's middle is 96
+    found = letters_of_patches(processor, scene_of(moved), TWO_BY_TWO)
+    assert set(found.places[2][found.signs[2] == SIGNS.index("A")].tolist()) == {0}
+    moved = object_at((90.0, 20.0, 174.0, 44.0), "CAT", "dark", "word")  # it is 105, and the C ends at 120
+    found = letters_of_patches(processor, scene_of(moved), TWO_BY_TWO)
+    assert set(found.places[2][found.signs[2] == SIGNS.index("C")].tolist()) == {-1}
+    assert set(found.places[2][found.signs[2] == SIGNS.index("A")].tolist()) == {0}
 
 
 def test_a_scene_without_print_has_no_letters(processor):
