@@ -3,7 +3,9 @@
     python examples/finetune/new_color.py --folder runs/brown
 
 draws the data, fine-tunes an adapter as `config.yaml` says, merges it, and prints the scores of questions on brown
-objects and of the tasks that nano knew before. Old questions are mixed in, so that those are not forgotten. Ask it:
+objects and of the tasks that nano knew before. Old questions are mixed in, so that those are not forgotten. What is new
+is to name the colour; where a brown object is, and what shape it has, nano finds out from the other objects at times.
+Ask it:
 
     python inference.py --adapter runs/brown/adapter --image runs/brown/data/pictures/000000_1.png \\
         --prompt "What shape is the brown object?"
@@ -39,6 +41,8 @@ NEW_TASKS = {
     "new_color": (make_color, "exact_match"),
     "new_shape": (make_shape, "exact_match"),
 }
+# No answer without the new word is right, so nothing but the new ability scores here.
+NEW_ABILITY = "new_color"
 OLD_TASKS = ("locate", "locate_all", "count", "color", "shape", "word", "table")
 BATCH_SIZE = 25
 
@@ -139,7 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'task':<12} {'before':>7} {'after':>7}")
     for task, accuracy in before.items():
         print(f"{task:<12} {accuracy:7.3f} {after[task]:7.3f}")
-    print(json.dumps({"steps": result.num_steps, "before": before, "after": after}))
+    losses = {task: before[task] - after[task] for task in OLD_TASKS}
+    summary = {
+        "steps": result.num_steps,
+        "new_ability": {"task": NEW_ABILITY, "before": before[NEW_ABILITY], "after": after[NEW_ABILITY]},
+        "largest_loss": max(losses.values()),
+    }
+    print(json.dumps({**summary, "before": before, "after": after}))
     return 0
 
 

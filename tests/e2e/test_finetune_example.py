@@ -8,6 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
+from deepseek_vl2.nano.questions import split_rng
+
 pytestmark = pytest.mark.e2e
 
 
@@ -34,6 +36,12 @@ def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, 
     tasks = {*example.NEW_TASKS, *example.OLD_TASKS}
     assert document["before"].keys() == document["after"].keys() == tasks
     assert all(0 <= value <= 1 for value in document["before"].values())
+    ability = document["new_ability"]
+    assert (ability["before"], ability["after"]) == tuple(
+        document[when][ability["task"]] for when in ("before", "after")
+    )
+    losses = [document["before"][task] - document["after"][task] for task in example.OLD_TASKS]
+    assert document["largest_loss"] == max(losses)
 
     question = [
         "--image",
@@ -55,6 +63,11 @@ def test_inference_refuses_what_is_no_adapter_in_one_line(repository, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"inference.py: error: {tmp_path} has no adapter_config.json")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_new_ability_needs_the_new_word(example):
+    for number in range(20):
+        assert "brown" in example.new_example(split_rng("test-ability", number), example.NEW_ABILITY).answer
 
 
 def test_every_new_question_is_about_the_new_color_and_is_painted_so(example):
