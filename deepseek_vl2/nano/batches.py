@@ -33,7 +33,14 @@ from deepseek_vl2.nano.questions import (
 )
 from deepseek_vl2.nano.scenes import Scene
 from deepseek_vl2.nano.several import beginning_of, compared_scenes, in_context_scenes, make_compare, make_in_context
-from deepseek_vl2.nano.targets import Cells, cells_and_letters, cells_of, join_cells, letters_of_patches
+from deepseek_vl2.nano.targets import (
+    Cells,
+    LetterCell,
+    cells_and_letters,
+    cells_of,
+    join_cells,
+    letters_of_patches,
+)
 from deepseek_vl2.nano.tasks import TRAIN_SPLIT
 
 IGNORE_ID = -100
@@ -76,33 +83,46 @@ NUMBERED_PROBABILITY = 0.6
 TEXT_AMONG_SHAPES_PROBABILITY = 0.5
 
 
+class Aim(NamedTuple):
+    """Where the attention of a head should go.
+
+    Attributes:
+        groups: For each group the cells that show the same thing, as indices into the cells of the row.
+        shares: Part of the attention for the first token, then for each group. Sums to 1.
+    """
+
+    groups: list[list[int]]
+    shares: list[float]
+
+
 class Pointing(NamedTuple):
     """Where attention from a token of an answer should go, in its row.
 
     Attributes:
         position: The token, one before those that it is about.
-        groups: For each group the cells that show the same thing, as indices into the cells of the row.
-        shares: Part of the attention for the first token, then for each group. Sums to 1.
+        aims: Of the first and of the second half of the heads that point. Of a letter they differ: the first half goes
+            to cells whose first letter it is, the second to those where others come before it, so that what a head
+            brings along is always the same one of a cell's letters. Who has nothing to look at stays with the first
+            token.
         weight: Those of a question sum to 1.
         is_about_one: Whether the token says something of one object.
     """
 
     position: int
-    groups: list[list[int]]
-    shares: list[float]
+    aims: tuple[Aim, Aim]
     weight: float
     is_about_one: bool
 
 
 @dataclass
 class Pointings:
-    """Pointings of a batch. P pointings, C cells a row at most, K groups at most.
+    """Pointings of a batch. P pointings, C cells a row at most, K groups at most, two halves of the heads.
 
     Attributes:
         rows: Row of the batch [P].
         positions: Token that attends [P].
-        group_ids: Group of each cell of the row [P, C]; -1 for none.
-        shares: [P, 1 + K], see `Pointing`.
+        group_ids: Group of each cell of the row [2, P, C]; -1 for none.
+        shares: [2, P, 1 + K], see `Aim`.
         weights: [P]; those of a question sum to 1.
         attended: Pointings that are about one object, [A].
         attended_cells: A cell that shows that object, as a number among all cells of the batch, [A].
@@ -416,7 +436,7 @@ class RowCells:
         self.places: list[list[int]] = []
         self._seen: dict[Target, list[int]] = {}
         self._middles: dict[Target, list[int]] = {}
-        self._letters: dict[tuple[Target, int], list[int]] = {}
+        self._letters: dict[tuple[Target, int], list[LetterCell]] = {}
         first = 0
         for picture, (scene, grid) in enumerate(zip(scenes, grids, strict=True)):
             cells, letters = cells_and_letters(processor, scene, grid, is_by_view=False)
@@ -432,26 +452,30 @@ class RowCells:
                     if counts:
                         self._middles.setdefault(Target(picture, number), []).append(first + cell)
             for (number, place), found in letters.cells.items():
-                self._letters[Target(picture, number), place] = [first + cell for cell in found]
+                own = [LetterCell(first + cell, slot) for cell, slot in found]
+                self._letters[Target(picture, number), place] = own
             first += len(object_ids)
 
-    def attended(self, piece: Piece, offset: int) -> tuple[list[list[int]], list[float]] | None:
-        """Groups and shares of `Pointing` for the token at an offset (characters) of a piece.
+    def attended(self, piece: Piece, offset: int) -> tuple[Aim, Aim] | None:
+        """Where heads should look for the token at an offset (characters) of a piece, see `Pointing.aims`.
 
         Returns:
             None where nothing should be attended to, or something that no cell shows.
         """
-        beginning = BEGINNING_SHARE if piece.how == "count" else 0.0
         if piece.how == "letters":
-            found: list[list[int] | None] = [self._letters.get((target, offset)) for target in piece.targets]
-        else:
-            of_targets = self._middles if piece.how == "count" else self._seen
-            found = [of_targets.get(target) for target in piece.targets]
-        groups = [group for group in found if group]
+            (target,) = piece.targets
+            found = self._letters.get((target, offset), [])
+            of_halves = ([own.cell for own in found if (own.slot > 0) == is_later] for is_later in (False, True))
+            first, later = (Aim([cells], [0.0, 1.0]) if cells else Aim([], [1.0]) for cells in of_halves)
+            return (first, later) if found else None
+        beginning = BEGINNING_SHARE if piece.how == "count" else 0.0
+        of_targets = self._middles if piece.how == "count" else self._seen
+        groups = [of_targets[target] for target in piece.targets if target in of_targets]
         total = beginning + len(groups)
         if total == 0 or len(groups) < len(piece.targets):
             return None
-        return groups, [beginning / total, *[1 / total] * len(groups)]
+        aim = Aim(groups, [beginning / total, *[1 / total] * len(groups)])
+        return aim, aim
 
 
 def encode_row(
@@ -503,14 +527,10 @@ def encode_row(
             start = len(input_ids) + len(asked) - 1
             own = []
             for place, (piece, offset) in enumerate(pieces, start=start):
-                found = row_cells.attended(piece, offset)
-                if found is not None:
-                    groups, shares = found
-                    own.append((place, groups, shares, piece.how == "objects" and len(groups) == 1))
-            pointings += [
-                Pointing(place, groups, shares, 1 / len(own), is_about_one)
-                for place, groups, shares, is_about_one in own
-            ]
+                aims = row_cells.attended(piece, offset)
+                if aims is not None:
+                    own.append((place, aims, piece.how == "objects" and len(aims[0].groups) == 1))
+            pointings += [Pointing(place, aims, 1 / len(own), is_about_one) for place, aims, is_about_one in own]
             input_ids += asked + answer
             labels += [IGNORE_ID] * len(asked) + answer
             question_ids += [0] * len(asked) + [question] * len(answer)
@@ -618,12 +638,14 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> AnswerBatch:
 def _join_pointings(of_rows: Sequence[Sequence[Pointing]], cells_of_rows: Sequence[int], num_cells: int) -> Pointings:
     """Joins the pointings of rows; those of fewer groups get shares of 0."""
     joined = [pointing for pointings in of_rows for pointing in pointings]
-    shares = torch.zeros(len(joined), max((len(own.shares) for own in joined), default=1))
-    group_ids = torch.full((len(joined), num_cells), -1)
+    num_groups = max((len(aim.groups) for own in joined for aim in own.aims), default=0)
+    shares = torch.zeros(2, len(joined), 1 + num_groups)
+    group_ids = torch.full((2, len(joined), num_cells), -1)
     for number, own in enumerate(joined):
-        shares[number, : len(own.shares)] = torch.tensor(own.shares)
-        for group, cells in enumerate(own.groups):
-            group_ids[number, cells] = group
+        for half, aim in enumerate(own.aims):
+            shares[half, number, : len(aim.shares)] = torch.tensor(aim.shares)
+            for group, cells in enumerate(aim.groups):
+                group_ids[half, number, cells] = group
     rows = [row for row, pointings in enumerate(of_rows) for _ in pointings]
     first_cells = np.cumsum([0, *cells_of_rows]).tolist()
     attended = [number for number, own in enumerate(joined) if own.is_about_one]
@@ -635,6 +657,6 @@ def _join_pointings(of_rows: Sequence[Sequence[Pointing]], cells_of_rows: Sequen
         weights=torch.tensor([own.weight for own in joined]),
         attended=torch.tensor(attended, dtype=torch.long),
         attended_cells=torch.tensor(
-            [first_cells[rows[number]] + joined[number].groups[0][0] for number in attended], dtype=torch.long
+            [first_cells[rows[number]] + joined[number].aims[0].groups[0][0] for number in attended], dtype=torch.long
         ),
     )

@@ -22,6 +22,7 @@ TOKENS = {
     "patch_places": "their places in texts",
     "dense_letters": "letters",
     "dense_text": "letters by place",
+    "dense_first_places": "place of the first letter",
     "dense_bar_values": "value of bars",
     "dense_row_ids": "row of tables",
 }

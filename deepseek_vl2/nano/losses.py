@@ -127,9 +127,9 @@ CATEGORY_SIZES = {
     "bar_values": MAX_BAR + 1,
     "row_ids": len(ROW_NAMES),
     "column_ids": len(COLUMN_NAMES),
+    "first_places": MAX_TEXT_LENGTH,
 }
 PRINT_CLASSES = [CELL_CLASSES.index("word"), CELL_CLASSES.index("number")]
-SIGN_COUNTS = {"letters": MAX_LETTERS_A_CELL, "text": MAX_TEXT_LENGTH}
 
 
 class DenseHeads(nn.Module):
@@ -143,7 +143,7 @@ class DenseHeads(nn.Module):
         width: D.
         targets: Targets of coordinates.
         categories: Which of `CATEGORY_SIZES` are read.
-        signs: Which of `SIGN_COUNTS` are read.
+        reads_letters: Whether letters are read.
         flags: Which flags of `Cells` are read.
         names_pictures: Whether tokens can say which of several pictures they belong to.
     """
@@ -153,14 +153,14 @@ class DenseHeads(nn.Module):
         width: int,
         targets: NumberTargets,
         categories: Sequence[str],
-        signs: Sequence[str] = (),
+        reads_letters: bool = False,
         flags: Sequence[str] = (),
         names_pictures: bool = False,
     ) -> None:
         super().__init__()
         self.targets = targets
         self.categories = nn.ModuleDict({name: nn.Linear(width, CATEGORY_SIZES[name]) for name in categories})
-        self.signs = nn.ModuleDict({name: nn.Linear(width, SIGN_COUNTS[name] * (len(SIGNS) + 1)) for name in signs})
+        self.letters = nn.Linear(width, MAX_LETTERS_A_CELL * (len(SIGNS) + 1)) if reads_letters else None
         self.flags = nn.ModuleDict({name: nn.Linear(width, 1) for name in flags})
         self.box = nn.Linear(width, 4 * width)
         self.picture = nn.Linear(width, NUM_COMPARED) if names_pictures else None
@@ -189,13 +189,13 @@ class DenseHeads(nn.Module):
                 ids = ids.where(ids >= 0, len(CELL_CLASSES))
             is_asked = ids >= 0
             losses[name] = _mean(F.cross_entropy(head(tokens[is_asked]).float(), ids[is_asked], reduction="none"))
-        for name, head in self.signs.items():
-            ids = getattr(cells, name).flatten(0, -2)
+        if self.letters is not None:
+            ids = cells.letters.flatten(0, -2)
             has_letters = (ids >= 0).any(dim=1)
             wanted = ids[has_letters]
-            read = head(tokens[has_letters]).float().unflatten(-1, (-1, len(SIGNS) + 1)).flatten(0, 1)
+            read_letters = self.letters(tokens[has_letters]).float().unflatten(-1, (-1, len(SIGNS) + 1)).flatten(0, 1)
             wanted = wanted.where(wanted >= 0, len(SIGNS)).flatten()
-            losses[name] = _mean(F.cross_entropy(read, wanted, reduction="none"))
+            losses["letters"] = _mean(F.cross_entropy(read_letters, wanted, reduction="none"))
         for name, head in self.flags.items():
             flags = getattr(cells, name).flatten()[is_object].float()
             found = F.binary_cross_entropy_with_logits(head(of_objects)[:, 0].float(), flags, reduction="none")
@@ -295,20 +295,23 @@ class PointingLoss:
             return
         pointings = self.batch.pointings
         attention = attention[:, :num_heads][pointings.rows, :, pointings.positions].float()  # [P, h, T]
+        weights = pointings.weights / pointings.weights.sum().clamp(min=1e-6)
+        halves = zip(attention.chunk(2, dim=1), pointings.group_ids, pointings.shares, strict=True)
+        losses = [self._divergence(own, group_ids, shares) for own, group_ids, shares in halves]
+        self._of_layers.append((torch.cat(losses, dim=1).mean(dim=1) * weights).sum())
+
+    def _divergence(self, attention: torch.Tensor, group_ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Divergence [P, h] of attention [P, h, T] from shares [P, 1 + K] of the first token and of groups [P, C]."""
 
         def as_heads(values: torch.Tensor) -> torch.Tensor:
-            return values[:, None].expand(-1, num_heads, -1)
+            return values[:, None].expand(-1, attention.shape[1], -1)
 
-        of_cells = attention.gather(2, as_heads(self.batch.cell_table[pointings.rows]))
+        of_cells = attention.gather(2, as_heads(self.batch.cell_table[self.batch.pointings.rows]))
         # Column 0 takes cells of no group first, then the share of the first token.
-        masses = torch.zeros(*attention.shape[:2], pointings.shares.shape[1])
-        masses = masses.scatter_add(2, as_heads(pointings.group_ids + 1), of_cells)
+        masses = torch.zeros(*attention.shape[:2], shares.shape[1])
+        masses = masses.scatter_add(2, as_heads(group_ids + 1), of_cells)
         masses = torch.cat((attention[..., :1], masses[..., 1:]), dim=-1)
-        losses = torch.special.xlogy(pointings.shares, pointings.shares).sum(-1)[:, None] - (
-            pointings.shares[:, None] * (masses + 1e-6).log()
-        ).sum(-1)
-        weights = pointings.weights / pointings.weights.sum().clamp(min=1e-6)
-        self._of_layers.append((losses.mean(dim=1) * weights).sum())
+        return torch.special.xlogy(shares, shares).sum(-1)[:, None] - (shares[:, None] * (masses + 1e-6).log()).sum(-1)
 
 
 def pointing_attention(

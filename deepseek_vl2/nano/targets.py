@@ -15,7 +15,7 @@ from deepseek_vl2.nano.scenes import COLOR_NAMES, LETTERS, SHAPE_NAMES, Box, Sce
 
 CELL_CLASSES = (*SHAPE_NAMES, "word", "number", "bar")
 SIGNS = LETTERS + "0123456789"
-# Letters of a text that a token can name, and letters that it can hold; further ones are not asked of it.
+# Places of letters in texts, and letters that a token can hold; further ones are not asked of it.
 MAX_TEXT_LENGTH = 6
 MAX_LETTERS_A_CELL = 4
 # Letters lower than this in a view cannot be read in it.
@@ -43,7 +43,7 @@ class Cells:
         column_ids: Column of it, index into `COLUMN_NAMES`, [V, G, G].
         letters: Letters and digits with their middle in the cell, in reading order, indices into `SIGNS`,
             [V, G, G, MAX_LETTERS_A_CELL].
-        text: The same by their place in their text, [V, G, G, MAX_TEXT_LENGTH].
+        first_places: Place of the first of them in its text, [V, G, G].
         boxes: Box x1, y1, x2, y2 of the object, [V, G, G, 4], as parts of the picture or of the view, see `cells_of`.
     """
 
@@ -56,7 +56,7 @@ class Cells:
     row_ids: torch.Tensor
     column_ids: torch.Tensor
     letters: torch.Tensor
-    text: torch.Tensor
+    first_places: torch.Tensor
     boxes: torch.Tensor
 
     def at(self, cell_ids: torch.Tensor) -> "Cells":
@@ -69,19 +69,31 @@ class Cells:
         return Cells(*(getattr(self, field.name)[views] for field in fields(self)))
 
 
+class LetterCell(NamedTuple):
+    """A cell that sees a letter.
+
+    Attributes:
+        cell: Index into V * G * G.
+        slot: How many letters of the cell come before it.
+    """
+
+    cell: int
+    slot: int
+
+
 class LetterPlaces(NamedTuple):
     """Where the letters of a scene are seen, see `Cells`.
 
     Attributes:
         letters: See `Cells.letters`.
-        text: See `Cells.text`.
-        cells: For each object and place in its text the cells that see the letter, as indices into V * G * G; of
-            pictures that are cut into tiles those of the tiles, and of the global view where letters are large in it.
+        first_places: See `Cells.first_places`.
+        cells: For each object and place in its text the cells that see the letter; of pictures that are cut into tiles
+            those of the tiles, and of the global view where letters are large in it.
     """
 
     letters: NDArray[np.int64]
-    text: NDArray[np.int64]
-    cells: dict[tuple[int, int], list[int]]
+    first_places: NDArray[np.int64]
+    cells: dict[tuple[int, int], list[LetterCell]]
 
 
 def join_cells(cells: Sequence[Cells]) -> Cells:
@@ -130,7 +142,7 @@ def cells_and_letters(
         row_ids,
         column_ids,
         places.letters,
-        places.text,
+        places.first_places,
         boxes,
     )
     return Cells(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)), places
@@ -289,8 +301,8 @@ def letter_places(scene: Scene, rectangles: NDArray[np.float64], num_cells: int,
     """
     shape = (len(rectangles), num_cells, num_cells)
     letters = np.full((*shape, MAX_LETTERS_A_CELL), -1)
-    text = np.full((*shape, MAX_TEXT_LENGTH), -1)
-    cells: dict[tuple[int, int], list[int]] = {}
+    first_places = np.full(shape, -1)
+    cells: dict[tuple[int, int], list[LetterCell]] = {}
     first_view = 1 if len(rectangles) > 2 else 0
     scales = view_side / (rectangles[:, 2] - rectangles[:, 0])
     for number in sorted(range(len(scene.objects)), key=lambda number: scene.objects[number].center[::-1]):
@@ -300,16 +312,19 @@ def letter_places(scene: Scene, rectangles: NDArray[np.float64], num_cells: int,
         for place, (center, sign) in enumerate(zip(item.letter_centers(), item.name, strict=True)):
             for view, (x1, y1, x2, y2) in enumerate(rectangles):
                 letter_pixels = (item.box[3] - item.box[1]) * scales[view]
-                if letter_pixels < MIN_LETTER_PIXELS:
+                if letter_pixels < (MIN_LETTER_PIXELS if view >= first_view else READABLE_LETTER_PIXELS):
                     continue
                 column = int((center[0] - x1) / (x2 - x1) * num_cells // 1)
                 row = int((center[1] - y1) / (y2 - y1) * num_cells // 1)
                 if not (0 <= column < num_cells and 0 <= row < num_cells):
                     continue
                 held = letters[view, row, column]
-                if held[-1] < 0:
-                    held[(held >= 0).sum()] = SIGNS.index(sign)
-                text[view, row, column, place] = SIGNS.index(sign)
-                if view >= first_view or letter_pixels >= READABLE_LETTER_PIXELS:
-                    cells.setdefault((number, place), []).append((view * num_cells + row) * num_cells + column)
-    return LetterPlaces(letters, text, cells)
+                slot = int((held >= 0).sum())
+                if slot == len(held):
+                    continue
+                held[slot] = SIGNS.index(sign)
+                if slot == 0:
+                    first_places[view, row, column] = place
+                cell = (view * num_cells + row) * num_cells + column
+                cells.setdefault((number, place), []).append(LetterCell(cell, slot))
+    return LetterPlaces(letters, first_places, cells)

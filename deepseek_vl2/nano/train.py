@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 # What heads read off tokens of answers, of views, and of whole pictures.
 OF_OBJECTS = ("class_ids", "color_ids")
 OF_VIEWS = (*OF_OBJECTS, "bar_values")
-OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids")
+OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids", "first_places")
 FLAGS = ("is_center", "is_marked")
 STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading", "finish")
 # Stages whose batches are views without questions.
@@ -89,7 +89,7 @@ class StageSettings:
         num_pictures: How many pictures a batch's rows have, and how often, where answers are learnt.
         scene_kinds: What single pictures show, and how often, where answers are learnt.
         pointing_weight: Weight of the loss on where attention goes, beside that of answers.
-        text_weight: Weight of the loss on letters, among those on what tokens see.
+        text_weight: Weight of the losses on letters and their places, among those on what tokens see.
     """
 
     num_batches: int
@@ -296,8 +296,8 @@ class NanoTrainer:
         width = self.model.config.projector_config.n_embed
         self.heads = nn.ModuleDict(
             {
-                "views": DenseHeads(width, targets, OF_VIEWS, ["letters"], FLAGS),
-                "scenes": DenseHeads(width, targets, OF_SCENES, ["text"], FLAGS, names_pictures=True),
+                "views": DenseHeads(width, targets, OF_VIEWS, reads_letters=True, flags=FLAGS),
+                "scenes": DenseHeads(width, targets, OF_SCENES, reads_letters=True, flags=FLAGS, names_pictures=True),
                 "attended": DenseHeads(width, targets, OF_OBJECTS),
                 "patches": LetterHead(self.model.config.vision_config.width),
             }
@@ -399,7 +399,7 @@ class NanoTrainer:
         return {"vision": self.model.vision, "projector": self.model.projector}
 
     def _total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        weights = dict.fromkeys(("dense_letters", "dense_text"), self.stage_settings.text_weight)
+        weights = dict.fromkeys(("dense_letters", "dense_first_places"), self.stage_settings.text_weight)
         read = {name: loss for name, loss in losses.items() if name.startswith(("dense_", "attended_"))}
         dense = sum((weights.get(name, 1.0) * loss for name, loss in read.items()), torch.zeros(()))
         if "answer" not in losses:

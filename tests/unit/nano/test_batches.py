@@ -1,5 +1,6 @@
 """nano's batches: drawn from a seed alone; a packed row teaches exactly the conversations that it holds."""
 
+import itertools
 from dataclasses import fields, is_dataclass
 
 import numpy as np
@@ -288,7 +289,7 @@ def text_before(processor, batch, row, position):
     return processor.decode(ids[is_own].tolist()), processor.decode([int(ids[position + 1])])
 
 
-def check_pointing(batch, text, token, groups, shares):
+def check_pointing(batch, text, token, groups, shares, half):
     """Compares the cells that are pointed at with the token that they shall give; returns what was compared."""
     cells = batch.cells
     every = torch.cat(groups) if groups else torch.zeros(0, dtype=torch.long)
@@ -312,10 +313,10 @@ def check_pointing(batch, text, token, groups, shares):
             assert len(values) == 1 and token in str(*values)
             return "bar"
     if token in SIGNS and len(token) == 1:
-        place = len(text) - text.rfind("\n") - 1
-        ids = torch.cat((letters[every], cells.text.flatten(0, 2)[every][:, [place]]), dim=1)
-        assert len(groups) == 1 and (ids == SIGNS.index(token)).any(dim=1).all()
-        return "letter"
+        # What the first half of the heads looks at is the first of a cell's letters, the rest is for the second half.
+        slots = letters[every, :1] if half == 0 else letters[every, 1:]
+        assert len(groups) == 1 and (slots == SIGNS.index(token)).any(dim=1).all()
+        return "letter" if half == 0 else "later letter"
     word = token.strip()
     if word in SHAPE_NAMES:
         assert (cells.class_ids.flatten()[every] == CELL_CLASSES.index(word)).all()
@@ -329,7 +330,7 @@ def check_pointing(batch, text, token, groups, shares):
 @pytest.mark.parametrize(
     ("num_pictures", "expected"),
     [
-        (1, {"coordinate", "count", "letter", "shape", "color", "bar"}),
+        (1, {"coordinate", "count", "letter", "later letter", "shape", "color", "bar"}),
         (2, {"coordinate", "shape"}),
         (3, {"count", "picture", "shape", "color"}),
     ],
@@ -344,16 +345,20 @@ def test_attention_is_told_to_go_where_the_next_token_is_seen(processor, monkeyp
         firsts[0] = 0
         assert len(batch.input_ids) == (3 if num_pictures == 2 and batch.images.shape[1] > 4 else 6)
         assert batch.images_spatial_crop.shape[1] == num_pictures
-        torch.testing.assert_close(pointings.shares.sum(dim=1), torch.ones(len(pointings.rows)))
-        for number, (row, position) in enumerate(zip(pointings.rows, pointings.positions, strict=True)):
+        torch.testing.assert_close(pointings.shares.sum(dim=2), torch.ones(2, len(pointings.rows)))
+        for half, (number, (row, position)) in itertools.product(
+            range(2), enumerate(zip(pointings.rows, pointings.positions, strict=True))
+        ):
             assert batch.labels[row, position + 1] != IGNORE_ID
-            ids, shares = pointings.group_ids[number], pointings.shares[number].tolist()
+            ids, shares = pointings.group_ids[half, number], pointings.shares[half, number].tolist()
             num_groups = int(ids.max()) + 1
             assert not any(shares[1 + num_groups :])
             groups = [(ids == group).nonzero()[:, 0] + firsts[row] for group in range(num_groups)]
             assert all(len(group) and (batch.cell_rows[group] == row).all() for group in groups)
             text, token = text_before(processor, batch, row, int(position))
-            found = check_pointing(batch, text, token, groups, shares[: 1 + num_groups])
+            if shares[0] == 1 and token in SIGNS and pointings.shares[1 - half, number, 0] == 0:
+                continue  # a letter that the other half looks at
+            found = check_pointing(batch, text, token, groups, shares[: 1 + num_groups], half)
             if found == "picture":
                 # Three pictures of one tile each: 32 cells a picture.
                 assert {int(cell - firsts[row]) // 32 for group in groups for cell in group} == {int(token) - 1}
@@ -549,20 +554,41 @@ def test_groups_are_the_cells_of_objects_middles_or_letters(processor):
         return (cells.object_ids.flatten() == number).nonzero()[:, 0].tolist()
 
     for number in range(3):
-        assert row_cells.attended(Piece("?", (Target(0, number),)), 0) == ([of_object(number)], [0, 1])
+        aims = row_cells.attended(Piece("?", (Target(0, number),)), 0)
+        assert aims == (([of_object(number)], [0, 1]),) * 2
     # Middles 160, 160 and 50, 50 in tiles of 112 and cells of 28: view 4 at 1, 1 and view 1 at 1, 1.
     both = Piece("2", (Target(0, 0), Target(0, 1)), "count")
-    groups, shares = row_cells.attended(both, 0)
+    (groups, shares), other_half = row_cells.attended(both, 0)
+    assert other_half == (groups, shares)
     assert groups == [[4 * 16 + 4 + 1], [16 + 4 + 1]] and shares == pytest.approx([0.6, 0.2, 0.2])
-    assert row_cells.attended(Piece("0", (), "count"), 0) == ([], [1])
+    assert row_cells.attended(Piece("0", (), "count"), 0) == (([], [1]),) * 2
     # The letters' middles are about 144, 174 and 202 across and 32 down: view 2, row 1.
     word = Piece("CAT", (Target(0, 2),), "letters")
+    nothing = ([], [1])
     assert [row_cells.attended(word, place) for place in range(3)] == [
-        ([[2 * 16 + 4 + column]], [0, 1]) for column in (1, 2, 3)
+        (([[2 * 16 + 4 + column]], [0, 1]), nothing) for column in (1, 2, 3)
     ]
     assert row_cells.attended(word, 3) is None
     assert row_cells.attended(Piece("of nothing"), 0) is None
     assert row_cells.attended(Piece("?", (Target(1, 0),)), 0) is None
+
+
+def test_halves_of_the_heads_share_the_letters_of_a_cell(processor):
+    """What comes after another letter in its cell is looked at by the second half, the rest by the first."""
+    word = object_at((2.0, 30.0, 90.0, 50.0), "ABCDEF", "dark", "word")
+    scene = Scene(112, 112, GROUND, (word,))
+    row_cells = RowCells(processor, [scene], [ONE_TILE])
+    letters = row_cells.cells[0].letters.flatten(0, 2)
+    piece = Piece("ABCDEF", (Target(0, 0),), "letters")
+    slots = []
+    for place, sign in enumerate("ABCDEF"):
+        aims = row_cells.attended(piece, place)
+        (half,) = [number for number, aim in enumerate(aims) if aim.groups]
+        assert aims[1 - half] == ([], [1.0]) and aims[half].shares == [0.0, 1.0]
+        ((_, *in_tile),) = aims[half].groups  # seen in both views
+        slots.append(letters[in_tile[0]].tolist().index(SIGNS.index(sign)))
+        assert (slots[-1] > 0) == (half == 1)
+    assert set(slots) == {0, 1}
 
 
 def test_pointings_go_from_the_token_before(processor):
@@ -572,9 +598,12 @@ def test_pointings_go_from_the_token_before(processor):
     batch = collate([row, row], processor.pad_id)
     pointings = batch.pointings
     assert pointings.rows.tolist() == [0] * 9 + [1] * 9
-    assert torch.equal(pointings.shares[:9], pointings.shares[9:])
+    assert torch.equal(pointings.shares[:, :9], pointings.shares[:, 9:])
     expected = [[0.6, 0.2, 0.2], [1, 0, 0]] + [[0, 1, 0]] * 7
-    torch.testing.assert_close(pointings.shares[:9], torch.tensor(expected, dtype=torch.float))
+    torch.testing.assert_close(pointings.shares[0, :9], torch.tensor(expected, dtype=torch.float))
+    # Each letter of the word is the first of its cell.
+    expected[6:] = [[1, 0, 0]] * 3
+    torch.testing.assert_close(pointings.shares[1, :9], torch.tensor(expected, dtype=torch.float))
     torch.testing.assert_close(pointings.weights[:9], torch.tensor([1, 1] + [1 / 4] * 4 + [1 / 3] * 3))
     answers = batch.labels[pointings.rows, pointings.positions + 1]
     assert (answers != IGNORE_ID).all()
@@ -614,10 +643,10 @@ def test_cells_know_which_picture_they_belong_to(processor):
 def test_a_row_without_pointings_beside_one_with(processor):
     empty, full = (encode_row(processor, [TWO_CIRCLES], [example], MANY_TOKENS) for example in (told("?"), located(0)))
     pointings = collate([empty, full], processor.pad_id).pointings
-    assert pointings.rows.tolist() == [1] * 4 and pointings.group_ids.shape == (4, 80)
+    assert pointings.rows.tolist() == [1] * 4 and pointings.group_ids.shape == (2, 4, 80)
     nothing = collate([empty], processor.pad_id).pointings
     assert nothing.rows.shape == nothing.positions.shape == nothing.weights.shape == (0,)
-    assert nothing.rows.dtype == torch.long and nothing.shares.shape == (0, 1)
+    assert nothing.rows.dtype == torch.long and nothing.shares.shape == (2, 0, 1)
 
 
 def test_conversations_fill_a_row_up_to_its_end(processor):

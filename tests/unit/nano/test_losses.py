@@ -218,7 +218,7 @@ def cells_with_objects():
         row_ids=filled({word: 3}),
         column_ids=filled({word: 1}),
         letters=filled({word: [3, 14, -1, -1], bar: [30, -1, -1, -1]}, (MAX_LETTERS_A_CELL,)),
-        text=filled({word: [-1, 3, 14, -1, -1, -1], bar: [30, -1, -1, -1, -1, -1]}, (MAX_TEXT_LENGTH,)),
+        first_places=filled({word: 1, bar: 0}),
         # The last one reaches beyond its tile.
         boxes=filled(
             {triangle: [0.1, 0.2, 0.3, 0.4], word: [0.0, 0.5, 1.0, 0.9], bar: [-0.5, 0.25, 1.5, 0.75]}, (4,), 0.0
@@ -227,19 +227,24 @@ def cells_with_objects():
 
 
 CATEGORIES = {"class_ids": len(CELL_CLASSES) + 1, "color_ids": len(COLOR_NAMES), "bar_values": MAX_BAR + 1}
-OF_SCENES = {"row_ids": len(ROW_NAMES), "column_ids": len(COLUMN_NAMES)}
+OF_SCENES = {"row_ids": len(ROW_NAMES), "column_ids": len(COLUMN_NAMES), "first_places": MAX_TEXT_LENGTH}
 # What is read by heads of views and of scenes, boxes not counted.
 READ = {
     False: {*CATEGORIES, "letters", "is_center", "is_marked"},
-    True: {*CATEGORIES, *OF_SCENES, "text", "is_center", "is_marked"},
+    True: {*CATEGORIES, *OF_SCENES, "letters", "is_center", "is_marked"},
 }
 
 
 def heads_of(width, targets, knows_scene):
     """Heads of scenes or of views, as in training; only tokens of scenes can name their picture."""
     categories = [*CATEGORIES, *(OF_SCENES if knows_scene else ())]
-    signs, flags = ["text" if knows_scene else "letters"], ["is_center", "is_marked"]
-    return DenseHeads(width, targets, categories, signs, flags, names_pictures=knows_scene)
+    flags = ["is_center", "is_marked"]
+    return DenseHeads(width, targets, categories, reads_letters=True, flags=flags, names_pictures=knows_scene)
+
+
+def heads_without_letters(targets):
+    """Heads of tokens that have attended to an object."""
+    return DenseHeads(WIDTH, targets, ["class_ids", "color_ids"])
 
 
 def perfect_heads(cells, targets, knows_scene):
@@ -248,18 +253,17 @@ def perfect_heads(cells, targets, knows_scene):
     heads = heads_of(width, targets, knows_scene)
     sharp, every = 30.0, torch.arange(width)
     with torch.no_grad():
-        for head in (*heads.categories.values(), *heads.signs.values(), *heads.flags.values()):
+        for head in (*heads.categories.values(), heads.letters, *heads.flags.values()):
             head.weight.zero_(), head.bias.zero_()
         for name, head in heads.categories.items():
             ids = getattr(cells, name).flatten()
             ids = ids.where(ids >= 0, len(CELL_CLASSES)) if name == "class_ids" else ids
             head.weight[ids[ids >= 0], every[ids >= 0]] = sharp
-        for name, head in heads.signs.items():
-            ids = getattr(cells, name).flatten(0, -2)  # [cells, places]
-            for place in range(ids.shape[1]):
-                # One more than there are signs: none stands there.
-                signs = ids[:, place].where(ids[:, place] >= 0, len(SIGNS))
-                head.weight[place * (len(SIGNS) + 1) + signs, every] = sharp
+        ids = cells.letters.flatten(0, -2)  # [cells, slots]
+        for slot in range(ids.shape[1]):
+            # One more than there are signs: none stands there.
+            signs = ids[:, slot].where(ids[:, slot] >= 0, len(SIGNS))
+            heads.letters.weight[slot * (len(SIGNS) + 1) + signs, every] = sharp
         for name, head in heads.flags.items():
             head.weight[0] = (getattr(cells, name).flatten().float() * 2 - 1) * sharp
     return heads, torch.eye(width)
@@ -285,10 +289,10 @@ def test_perfect_heads_lose_nothing(targets, knows_scene):
 def test_heads_are_as_wide_as_what_they_read(targets):
     heads = heads_of(WIDTH, targets, True)
     assert {name: head.out_features for name, head in heads.categories.items()} == CATEGORIES | OF_SCENES
-    assert {name: head.out_features for name, head in heads.signs.items()} == {"text": 6 * 37}
+    assert heads.letters.out_features == 4 * 37
     views = heads_of(WIDTH, targets, False)
     assert {name: head.out_features for name, head in views.categories.items()} == CATEGORIES
-    assert {name: head.out_features for name, head in views.signs.items()} == {"letters": 4 * 37}
+    assert views.letters.out_features == 4 * 37 and heads_without_letters(targets).letters is None
 
 
 @pytest.mark.parametrize("num_cells", [2, 40])
@@ -356,13 +360,15 @@ def test_gradients_of_dense_heads_are_finite(targets, has_objects, knows_scene):
     assert tokens.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["color_ids", "bar_values", "row_ids", "column_ids", "text", "is_marked", "boxes"])
+@pytest.mark.parametrize(
+    "name", ["color_ids", "bar_values", "row_ids", "first_places", "letters", "is_marked", "boxes"]
+)
 def test_only_cells_that_see_something_of_a_kind_learn_it(targets, name):
     """Words have no colour, triangles no letters."""
     cells = cells_with_objects()
     tokens = torch.randn(8, WIDTH, requires_grad=True)
     heads_of(WIDTH, targets, True)(tokens, cells, random_layer())[name].backward()
-    of_objects = {"is_marked": cells.object_ids, "boxes": cells.object_ids, "text": cells.text.amax(dim=-1)}
+    of_objects = {"is_marked": cells.object_ids, "boxes": cells.object_ids, "letters": cells.letters.amax(dim=-1)}
     is_seen = of_objects.get(name, getattr(cells, name)).flatten() >= 0
     assert (tokens.grad.abs().sum(dim=-1) > 0).tolist() == is_seen.tolist()
 
@@ -378,8 +384,9 @@ def pointing_batch(shares, groups, positions=(5,), weights=(1.0,)):
     pointings = Pointings(
         rows=torch.zeros(num_pointings, dtype=torch.long),
         positions=torch.tensor(positions, dtype=torch.long),
-        group_ids=torch.tensor(groups, dtype=torch.long).view(num_pointings, 4),
-        shares=torch.tensor(shares).view(num_pointings, -1) if num_pointings else torch.zeros(0, 1),
+        # Both halves of the heads have the same aim.
+        group_ids=torch.tensor(groups, dtype=torch.long).view(num_pointings, 4).expand(2, -1, -1),
+        shares=(torch.tensor(shares).view(num_pointings, -1) if num_pointings else torch.zeros(0, 1)).expand(2, -1, -1),
         weights=torch.tensor(weights),
         **NOTHING_ATTENDED,
     )
@@ -419,6 +426,25 @@ def test_cells_of_no_group_take_attention_away():
     assert with_one.item() == pytest.approx(0.5 * torch.tensor(2.0).log().item(), abs=1e-4)
 
 
+def test_halves_of_the_heads_have_aims_of_their_own():
+    """The first half should go to the first cell, the second stay with the first token."""
+    batch = pointing_batch([[0.0, 1.0]], [[0, NO_GROUP, NO_GROUP, NO_GROUP]])
+    pointings = batch.pointings
+    pointings.shares = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]])
+    pointings.group_ids = torch.stack((pointings.group_ids[0], torch.full((1, 4), NO_GROUP)))
+    to_cell, to_first = (torch.eye(NUM_TOKENS)[place] for place in (1, 0))
+
+    def loss_of(first_half, second_half):
+        halves = [half.expand(1, NUM_POINTING_HEADS // 2, NUM_TOKENS, -1) for half in (first_half, second_half)]
+        loss = PointingLoss(batch, HEADS)
+        loss.read(POINTING_LAYER, torch.cat(halves, dim=1))
+        return loss.value.item()
+
+    assert NUM_POINTING_HEADS % 2 == 0
+    assert loss_of(to_cell, to_first) == pytest.approx(0, abs=1e-4)
+    assert min(loss_of(to_cell, to_cell), loss_of(to_first, to_first)) > 5
+
+
 def test_each_pointing_reads_its_own_row_and_token():
     """Two rows, the second with fewer cells: the rest of its table is 0, the first token, which no group may take."""
     torch.manual_seed(6)
@@ -426,8 +452,8 @@ def test_each_pointing_reads_its_own_row_and_token():
     pointings = Pointings(
         rows=torch.tensor([1, 0]),
         positions=torch.tensor([3, 5]),
-        group_ids=torch.tensor([[NO_GROUP, 0, NO_GROUP, NO_GROUP], [1, 0, NO_GROUP, 1]]),
-        shares=torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]),
+        group_ids=torch.tensor([[NO_GROUP, 0, NO_GROUP, NO_GROUP], [1, 0, NO_GROUP, 1]]).expand(2, -1, -1),
+        shares=torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]).expand(2, -1, -1),
         weights=torch.ones(2),
         **NOTHING_ATTENDED,
     )

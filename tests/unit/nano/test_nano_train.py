@@ -22,7 +22,7 @@ NUM_BATCHES = 3
 OF_CELLS = {"class_ids", "color_ids", "bar_values", "is_center", "is_marked", "boxes"}
 LOSSES = {
     "views": {f"dense_{name}" for name in OF_CELLS | {"letters"}} | {"patch_letters", "patch_places"},
-    "answers": {f"dense_{name}" for name in OF_CELLS | {"text", "row_ids", "column_ids"}},
+    "answers": {f"dense_{name}" for name in OF_CELLS | {"letters", "first_places", "row_ids", "column_ids"}},
 }
 LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
 LOSSES["answers"] |= {"dense_pictures"}
@@ -213,13 +213,14 @@ def test_checkpoint_is_the_model_in_bfloat16(undisturbed, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size <= 15_000_000
 
 
-def test_letters_by_place_weigh_more_where_reading_is_practised(tmp_path):
+@pytest.mark.parametrize("name", ["dense_letters", "dense_first_places"])
+def test_letters_and_places_weigh_more_where_reading_is_practised(tmp_path, name):
     trainer = NanoTrainer(small_settings(), tmp_path)
     losses = {name: torch.tensor(0.0) for name in LOSSES["reading"]}
     totals = {}
     for trainer.stage_index, stage in enumerate(STAGES):
         if stage in ("answers", "reading"):
-            totals[stage] = trainer._total(losses | {"dense_text": torch.tensor(1.0)}).item()
+            totals[stage] = trainer._total(losses | {name: torch.tensor(1.0)}).item()
     assert totals["answers"] == pytest.approx(trainer.settings.dense_weight)
     assert totals["reading"] == pytest.approx(trainer.settings.dense_weight * trainer.settings.reading.text_weight)
     assert trainer.settings.reading.text_weight > 1

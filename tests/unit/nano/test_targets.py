@@ -191,7 +191,7 @@ def test_an_empty_scene_tells_nothing(processor):
     for field in fields(Cells):
         values = getattr(cells, field.name)
         assert (values == {torch.bool: False, torch.float32: 0.0}.get(values.dtype, -1)).all(), field.name
-    assert cells.letters.shape == (2, 4, 4, MAX_LETTERS_A_CELL) and cells.text.shape == (2, 4, 4, MAX_TEXT_LENGTH)
+    assert cells.letters.shape == (2, 4, 4, MAX_LETTERS_A_CELL) and cells.first_places.shape == (2, 4, 4)
 
 
 def test_chosen_and_joined_cells(processor):
@@ -292,51 +292,39 @@ def test_letters_by_hand(processor):
         place: signs(ids)
         for place, ids in zip(places_of_cells, cells.letters.view(-1, MAX_LETTERS_A_CELL), strict=True)
     }
-    # In the global view a cell is 56 pixels.
-    expected = {(0, 3, 0): "C", (0, 3, 1): "AT", (3, 2, 1): "C", (3, 2, 2): "A", (3, 2, 3): "T"}
+    # In the global view the letters are 12 pixels high, too low to be read among four of a cell.
+    expected = {(3, 2, 1): "C", (3, 2, 2): "A", (3, 2, 3): "T"}
     assert {place: text for place, text in told.items() if text} == expected
-    by_place = {
-        place: ids.tolist() for place, ids in zip(places_of_cells, cells.text.view(-1, MAX_TEXT_LENGTH), strict=True)
-    }
-    c, a, t = (SIGNS.index(sign) for sign in "CAT")
-    assert {place: ids for place, ids in by_place.items() if max(ids) >= 0} == {
-        (0, 3, 0): [c, -1, -1, -1, -1, -1],
-        (0, 3, 1): [-1, a, t, -1, -1, -1],
-        (3, 2, 1): [c, -1, -1, -1, -1, -1],
-        (3, 2, 2): [-1, a, -1, -1, -1, -1],
-        (3, 2, 3): [-1, -1, t, -1, -1, -1],
+    first_places = {place: int(cells.first_places[place]) for place in places_of_cells}
+    assert {place: first for place, first in first_places.items() if first >= 0} == {
+        (3, 2, 1): 0,
+        (3, 2, 2): 1,
+        (3, 2, 3): 2,
     }
     places = letter_places(scene, view_rectangles(224, 224, 2, 2), 4, SIDE)
     # Attention is told of the tiles: view 3, row 2.
-    assert places.cells == {(1, place): [(3 * 4 + 2) * 4 + 1 + place] for place in range(3)}
+    assert places.cells == {(1, place): [((3 * 4 + 2) * 4 + 1 + place, 0)] for place in range(3)}
 
 
 def test_a_picture_of_one_tile_shows_its_letters_in_both_views():
     word = object_at((10.0, 30.0, 94.0, 54.0), "CAT", "dark", "word")
     places = letter_places(scene_of(word, size=(SIDE, SIDE)), view_rectangles(SIDE, SIDE, 1, 1), 4, SIDE)
-    assert places.cells == {(0, place): [4 + place, 16 + 4 + place] for place in range(3)}
+    assert places.cells == {(0, place): [(4 + place, 0), (16 + 4 + place, 0)] for place in range(3)}
 
 
-@pytest.mark.parametrize(("height", "views"), [(9.0, set()), (12.0, {1, 2, 3, 4}), (20.0, {0, 1, 2, 3, 4})])
+@pytest.mark.parametrize(
+    ("height", "views"), [(9.0, set()), (12.0, {1, 2, 3, 4}), (30.0, {1, 2, 3, 4}), (32.0, {0, 1, 2, 3, 4})]
+)
 def test_letters_too_low_to_be_read_are_not_told(height, views):
     """Heights in a picture of 224 pixels: tiles show it as it is, the global view half as large."""
-    assert MIN_LETTER_PIXELS == 10
+    assert (MIN_LETTER_PIXELS, READABLE_LETTER_PIXELS) == (10, 16)
     items = [
         object_at((x, y, x + 40.0, y + height), "7", "dark", "number") for x in (30.0, 150.0) for y in (50.0, 150.0)
     ]
     places = letter_places(scene_of(*items), view_rectangles(224, 224, 2, 2), 4, SIDE)
     assert {view for view in range(5) if (places.letters[view] >= 0).any()} == views
     assert {number for number, _ in places.cells} == ({0, 1, 2, 3} if views else set())
-
-
-@pytest.mark.parametrize(("height", "views"), [(30.0, {1, 2, 3, 4}), (32.0, {0, 1, 2, 3, 4})])
-def test_attention_is_told_of_large_letters_in_the_global_view_too(height, views):
-    assert READABLE_LETTER_PIXELS == 16
-    items = [
-        object_at((x, y, x + 40.0, y + height), "7", "dark", "number") for x in (30.0, 150.0) for y in (50.0, 150.0)
-    ]
-    places = letter_places(scene_of(*items), view_rectangles(224, 224, 2, 2), 4, SIDE)
-    assert {cell // 16 for cells in places.cells.values() for cell in cells} == views
+    assert {own.cell // 16 for cells in places.cells.values() for own in cells} == views
 
 
 def test_a_cell_holds_letters_in_reading_order_and_no_more_than_it_can():
@@ -345,9 +333,24 @@ def test_a_cell_holds_letters_in_reading_order_and_no_more_than_it_can():
     # One cell shows all.
     places = letter_places(scene_of(low, high, size=(SIDE, SIDE)), view_rectangles(SIDE, SIDE, 1, 1), 1, SIDE)
     assert signs(torch.from_numpy(places.letters[0, 0, 0])) == "123A" and MAX_LETTERS_A_CELL == 4
-    # By their place in the text the later word stands over the earlier; more cannot be told of one cell.
-    assert signs(torch.from_numpy(places.text[0, 0, 0])) == "ABC"
-    assert set(places.cells) == {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}
+    assert places.first_places[0, 0, 0] == 0
+    assert {own: [slot for _, slot in cells] for own, cells in places.cells.items()} == {
+        (1, 0): [0, 0],
+        (1, 1): [1, 1],
+        (1, 2): [2, 2],
+        (0, 0): [3, 3],
+    }
+
+
+def test_a_cell_knows_the_place_of_its_first_letter():
+    word = object_at((2.0, 30.0, 106.0, 50.0), "ABCDEF", "dark", "word")
+    places = letter_places(scene_of(word, size=(SIDE, SIDE)), view_rectangles(SIDE, SIDE, 1, 1), 4, SIDE)
+    row = [signs(torch.from_numpy(ids)) for ids in places.letters[1, 1]]
+    assert "".join(row) == "ABCDEF" and max(map(len, row)) == 2
+    assert places.first_places[1, 1].tolist() == ["ABCDEF".index(text[0]) for text in row]
+    for place, sign in enumerate("ABCDEF"):
+        column = next(number for number, text in enumerate(row) if sign in text)
+        assert places.cells[0, place][1] == (16 + 4 + column, row[column].index(sign))
 
 
 @pytest.mark.parametrize("grid", ALL_GRIDS)
@@ -371,7 +374,9 @@ def test_letters_are_where_a_dot_at_their_middle_is_seen(processor, grid):
                 expected = []
                 for view, light in enumerate(bright):
                     scale = SIDE / (rectangles[view, 2] - rectangles[view, 0])
-                    is_read = (item.box[3] - item.box[1]) * scale >= MIN_LETTER_PIXELS
+                    is_tile = view > 0 or grid.num_views == 2
+                    lowest = MIN_LETTER_PIXELS if is_tile else READABLE_LETTER_PIXELS
+                    is_read = (item.box[3] - item.box[1]) * scale >= lowest
                     sums = light.unflatten(0, (4, 28)).unflatten(2, (4, 28)).sum(dim=(1, 3)).flatten()
                     total = sum(float(other.sum()) for other in (bright[:1] if view == 0 else bright[1:]))
                     if is_read and float(sums.max()) > 0.6 * total:
@@ -379,13 +384,11 @@ def test_letters_are_where_a_dot_at_their_middle_is_seen(processor, grid):
                     if is_read:
                         for cell in (sums > 0.2 * total).nonzero()[:, 0].tolist():
                             possible.setdefault((view * 16 + cell, place), set()).add(SIGNS.index(item.name[place]))
-                first = 16 if grid.num_views > 2 else 0
                 for cell in expected:
                     told.add((cell, place))
-                    if cell >= first:
-                        assert cell in places.cells[number, place]
-        # Two texts can have a letter of the same place in one cell, which tells one of them.
-        assert all(places.text.reshape(-1, MAX_TEXT_LENGTH)[own] in possible[own] for own in told)
+                    assert cell in [own.cell for own in places.cells[number, place]]
+        letters = places.letters.reshape(-1, MAX_LETTERS_A_CELL)
+        assert all(possible[own] & set(letters[own[0]].tolist()) for own in told)
         num_compared += len(told)
     assert num_compared > 20
 
