@@ -32,7 +32,7 @@ EXAMPLES: Mapping[str, tuple[int, Size, tuple[ObjectPlan, ...], int | None]] = {
         None,
     ),
     "visual_grounding_3.jpeg": (
-        35,
+        24,
         (448, 336),
         (_shape("green", "circle"), _shape("green", "circle"), _shape("orange", "star"), _shape("blue", "square")),
         None,

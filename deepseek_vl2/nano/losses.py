@@ -275,7 +275,7 @@ class PointingLoss:
 
     Args:
         batch: The batch.
-        heads: How many heads of which layers point, the first ones of each.
+        heads: How many heads of which layers point, the first ones of each; an even number, see `Pointing.aims`.
     """
 
     def __init__(self, batch: AnswerBatch, heads: Mapping[int, int] = POINTING_HEADS) -> None:

@@ -188,7 +188,7 @@ class TrainingSettings:
         counting: Projector and language model learn on, above all to count: attention has to give all objects of a
             kind the same. The tower, which sees them by now, is fixed.
         print: Tower and projector learn print once more, and stay the same for the language model beside it.
-        reading: Projector and language model learn answers again, a third of them about print.
+        reading: Projector and language model learn answers again, above all about print.
         finish: Everything learns answers, above all to count: print has blurred what the tower tells of objects.
         tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the losses on what tokens see, beside that of answers.
@@ -218,8 +218,8 @@ class TrainingSettings:
         )
     )
     counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
-    print: StageSettings = field(default_factory=lambda: _print_stage(1100))
-    reading: StageSettings = field(default_factory=lambda: _reading_stage(450))
+    print: StageSettings = field(default_factory=lambda: _print_stage(1500))
+    reading: StageSettings = field(default_factory=lambda: _reading_stage(800))
     finish: StageSettings = field(default_factory=lambda: _finishing_stage(450))
     tokens_a_row: int = 160
     dense_weight: float = 0.3
