@@ -28,6 +28,7 @@ LOCK_FILE = "lock"
 # reading all would take as long as loading. Many small ones, so that training one part of the model is seen, too.
 _NUM_BLOCKS = 1024
 _BLOCK_BYTES = 4096
+_CARD_SUFFIXES = {".md", ".png", ".jpg", ".jpeg"}
 
 
 def file_digest(path: Path) -> str:
@@ -41,9 +42,12 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names, sizes and content of a checkpoint's files; of those above 4 MiB, over a sample of it."""
+    """SHA-256 over names, sizes and content of a checkpoint's files; of those above 4 MiB, over a sample of it.
+
+    A model card and its pictures change nothing about answers and do not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _CARD_SUFFIXES):
         size = path.stat().st_size
         content = file_digest(path) if size <= _NUM_BLOCKS * _BLOCK_BYTES else _sampled_digest(path, size)
         digest.update(f"{path.name}\n{size}\n{content}\n".encode())

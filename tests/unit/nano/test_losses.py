@@ -503,13 +503,13 @@ def test_layers_that_do_not_point_cost_nothing_and_others_are_averaged():
     attention = torch.tensor([0.5, 0.1, 0.05, 0.15, 0.1, 0.1])
     batch = pointing_batch([[0.0, 1.0, 0.0]], [[0, 1, 1, 0]])
     alone = pointing_loss(batch, attention)
-    loss = PointingLoss(batch, {2: 1, 4: 3})
-    of_heads = torch.stack((attention, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS), attention))
-    layer = of_heads[None, :, None].expand(1, 3, NUM_TOKENS, -1)
+    loss = PointingLoss(batch, {2: 2, 4: 4})
+    of_heads = torch.stack((attention, attention, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS), attention))
+    layer = of_heads[None, :, None].expand(1, 4, NUM_TOKENS, -1)
     for number in range(6):
         loss.read(number, layer)
     uniform = pointing_loss(batch, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
-    torch.testing.assert_close(loss.value, (alone + (2 * alone + uniform) / 3) / 2)
+    torch.testing.assert_close(loss.value, (alone + (3 * alone + uniform) / 4) / 2)
 
 
 def test_attention_written_out_is_torchs_and_is_read_with_its_layer():

@@ -103,6 +103,16 @@ def test_the_digest_of_a_model_is_that_of_its_folder():
     assert model_digest("deepseek-ai/deepseek-vl2-tiny") is None
 
 
+def test_a_model_card_is_no_part_of_a_models_digest(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = folder_digest(tmp_path)
+    (tmp_path / "README.md").write_text("# A model")
+    (tmp_path / "curves.png").write_bytes(b"PNG")
+    assert folder_digest(tmp_path) == before
+    (tmp_path / "merges.txt").write_text("a b")
+    assert folder_digest(tmp_path) != before
+
+
 def test_digests_follow_the_content(tmp_path):
     # SHA-256 of "abc", from FIPS 180-2, appendix B.1
     (tmp_path / "config.json").write_text("abc")
