@@ -38,7 +38,8 @@ def check_weight_files(folder: Path) -> WeightFiles:
 
 def _check_files(names: dict[Path, set[str]]) -> WeightFiles:
     """Checks files that should hold at least the named tensors."""
-    files, num_bytes, problems, shapes = [], 0, [], {}
+    files, num_bytes, problems = [], 0, []
+    shapes: dict[str, tuple[int, ...]] = {}
     for file, expected in sorted(names.items()):
         if not file.is_file():
             problems.append(f"{file.name} is missing")
