@@ -1,11 +1,12 @@
-"""Teaches the bundled model a colour that it does not know, brown, and measures it before and after.
+"""Trains the bundled model on a colour that it does not know, brown, and measures it before and after.
 
     python examples/finetune/new_color.py --folder runs/brown
 
 draws the data, fine-tunes an adapter as `config.yaml` says, merges it, and prints the scores of questions on brown
-objects and of the tasks that nano knew before. Old questions are mixed in, so that those are not forgotten. What is new
-is to name the colour; where a brown object is, and what shape it has, nano finds out from the other objects at times.
-Ask it:
+objects and of the tasks that nano knew before. Old questions are mixed in, so that less of those is forgotten. What is
+new is to name the colour; where a brown object is, and what shape it has, nano finds out from the other objects at
+times. It learns these, but not yet the name: the word's tokens are new to nano, and LoRA leaves their rows as they
+are. Ask it:
 
     python inference.py --adapter runs/brown/adapter --image runs/brown/data/pictures/000000_1.png \\
         --prompt "What shape is the brown object?"
