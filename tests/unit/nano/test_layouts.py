@@ -67,7 +67,7 @@ def test_pages_are_full_of_text():
     found = scenes(page_scene, size=(112, 112))
     assert all(scene.texts == scene.objects for scene in found)
     heights = [max((item.box[3] - item.box[1] for item in scene.objects), default=0) for scene in found]
-    assert min(heights) < 16.5 and max(heights) > 24
+    assert min(heights) < 14.5 and max(heights) > 24
     assert max(sum(len(item.name) for item in scene.objects) for scene in found) > 20
 
 
