@@ -68,6 +68,13 @@ class TrainConfig:
         default_factory=lambda: [ALL],
         metadata=_rules("layers that get LoRA; experts are the routed ones", choices=(ATTENTION, MLP, EXPERTS, ALL)),
     )
+    new_words: list[str] | None = dataclasses.field(
+        default=None,
+        metadata=_rules(
+            "words that the model has not met: their tokens' rows of the embeddings and of the output layer are "
+            "trained beside LoRA, which leaves both as they are"
+        ),
+    )
     aux_loss_alpha: float | None = _option(
         None, "weight of the loss that keeps experts evenly busy (arXiv:2405.04434); null: the checkpoint's own", low=0
     )
@@ -132,6 +139,11 @@ class TrainConfig:
             raise _refusal("vision", LORA, "frozen or full with language: full, as the result is no adapter")
         if self.lora_dropout and self.uses_expert_lora:
             raise _refusal("lora_dropout", self.lora_dropout, "0 while lora_targets include the experts")
+        if self.new_words and self.language != LORA:
+            other = "which trains every row" if self.language == FULL else "which trains no row"
+            raise _refusal("new_words", self.new_words, f"null with language: {self.language}, {other}")
+        if self.new_words and not all(word.strip() for word in self.new_words):
+            raise _refusal("new_words", self.new_words, "a list of words without empty ones")
         if self.router_bias_update_speed and self.language != FULL:
             raise _refusal(
                 "router_bias_update_speed",
@@ -257,7 +269,7 @@ def _to_float(value: Any) -> float | None:
 def _is_within(value: Any, metadata: Mapping[str, Any]) -> bool:
     if metadata["choices"]:
         return all(entry in metadata["choices"] for entry in (value if isinstance(value, list) else [value]))
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str, list)):
         return True
     low, high, above, below = (metadata[name] for name in ("low", "high", "above", "below"))
     return (
@@ -274,6 +286,8 @@ def _describe(kind: Any, metadata: Mapping[str, Any]) -> str:
     if metadata["choices"]:
         choices = ", ".join(metadata["choices"])
         return f"a list of {choices}" if typing.get_origin(kind) is list else f"one of {choices}"
+    if typing.get_origin(kind) is list:
+        return "a list of texts, at least one"
     if kind in (bool, str):
         return {bool: "true or false", str: "text"}[kind]
     words = {"low": "at least", "high": "at most", "above": "above", "below": "below"}

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from deepseek_vl2.models import DeepseekV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.train.collator import TrainingCollator
@@ -104,6 +105,15 @@ class FineTuner(Trainer):
         finally:
             self.router_config.aux_loss_alpha = alpha
 
+    def go_on(self, checkpoint: Path) -> None:
+        """Trains from a checkpoint to the end; where it is the end, `Trainer` would take one more step."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads a whole model as `from_pretrained` does: in the file experts stand one by one."""
         target: Any = model or self.model
@@ -158,7 +168,7 @@ def train(config: TrainConfig) -> TrainResult:
         callbacks.append(RouterBiasUpdate(model, config.bias_update_speed))
     if config.tensorboard:
         callbacks.append(_tensorboard(config, _num_steps(checkpoint) if checkpoint else 0))
-    trained: Any = add_adapter(model, config) if config.uses_lora else model
+    trained: Any = add_adapter(model, processor.tokenizer, config) if config.uses_lora else model
     num_trained = count_trained(trained)
     logger.info(
         "%d conversations to learn, %d to measure, %d trained weights", *map(len, (learned, measured)), num_trained
@@ -175,7 +185,7 @@ def train(config: TrainConfig) -> TrainResult:
         callbacks=callbacks,
     )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.go_on(checkpoint) if checkpoint else trainer.train()
     finally:
         _close_bars(trainer)
     trainer.save_model()
@@ -265,7 +275,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """
     folder = Path(config.output_dir)
     digests = _data_digests(config)
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if _is_whole(path)]
     newest = max(complete, key=_num_steps, default=None)
     if newest and config.resume == "never":
         raise ValueError(f"resume: never, but {folder} holds {newest.name}; take another output_dir, or remove it")
@@ -298,12 +308,13 @@ def _is_whole(state_file: Path) -> bool:
 
 def _check_same_settings(config: TrainConfig, digests: Mapping[str, str | None], path: Path) -> None:
     before = parse_json(path.read_bytes()) if path.is_file() else {}
-    names = [field.name for field in fields(config) if field.name not in _FREE_KEYS]
-    for name in names:
-        value = getattr(config, name)
-        if name not in before or before[name] != value:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        # A run of an earlier version has not noted a key that came later, and did as its default says.
+        began_with = before.get(field.name, field.default)
+        if field.name not in _FREE_KEYS and value != began_with:
             raise ValueError(
-                f"{name}: {value!r} is not allowed; the run in {path.parent} began with {before.get(name)!r}. "
+                f"{field.name}: {value!r} is not allowed; the run in {path.parent} began with {began_with!r}. "
                 "Keep that, or take another output_dir"
             )
     for name in _DATA_FILES:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What peft adds to the name of a table of tokens some rows of which are trained.
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def require_peft() -> ModuleType:
@@ -85,7 +87,7 @@ def merge_adapter(model: "DeepseekVLV2ForCausalLM", folder: str | os.PathLike[st
     try:
         with without_peft_warnings():
             adapted: Any = require_peft().PeftModel.from_pretrained(model, os.fspath(folder))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # an IndexError: of tokens that the model lacks
         reason = " ".join(str(error).split())
         raise ValueError(f"the adapter in {folder} does not fit the model: {reason:.300}") from error
     return adapted.merge_and_unload()
@@ -105,8 +107,8 @@ def _check_layers(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Non
 
 
 def _adapted_name(key: str) -> str:
-    """Name of the layer with LoRA (`language.model.layers.0.self_attn.q_proj`) or of a parameter trained in full."""
-    name = key.removeprefix("base_model.model.").partition(".lora_")[0]
+    """Name of the layer with LoRA or rows of tokens (`language.lm_head`), or of a parameter trained in full."""
+    name = key.removeprefix("base_model.model.").partition(".lora_")[0].removesuffix(_TOKEN_ROWS)
     while name.endswith(".base_layer"):  # the first of two parameters of one layer
         name = name.removesuffix(".base_layer")
     return name

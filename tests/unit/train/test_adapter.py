@@ -17,6 +17,8 @@ from deepseek_vl2.utils.io import load_pretrained_model
 
 # Merging adds the update to the weight, in another order than beside it: float32 rounding of logits of about 10.
 ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
+# nano's tokenizer spells the first in letters, has a token for the second, and one a byte for the third.
+NEW_WORDS = ["brown", "purple", "棕"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,8 @@ def trained(checkpoint, train_file, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.FineTuner, "save_model", save_and_ask)
-        options = LORA_ALL | {"vision": "lora", "projector": "full", "max_steps": 3}
+        parts = {"vision": "lora", "projector": "full", "new_words": NEW_WORDS}
+        options = LORA_ALL | parts | {"max_steps": 3}
         trainer.train(settings(train_file, checkpoint("mla_noaux"), folder, **options))
     return folder, kept["model"]
 
@@ -96,6 +99,39 @@ def test_an_adapter_beside_the_weights_acts_in_cached_steps_too(checkpoint, trai
 def test_the_adapter_names_its_model_as_it_was_given(checkpoint, trained):
     config = json.loads((trained[0] / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(checkpoint("mla_noaux"))
+
+
+def test_new_words_train_the_rows_of_their_tokens_and_no_other(processor, checkpoint, trained):
+    encode = processor.tokenizer.encode
+    ids = {number for word in NEW_WORDS for text in (word, f" {word}") for number in encode(text)}
+    ids -= set(encode(" "))
+    assert ids >= set(encode("purple")) | set(encode(" purple"))
+    old = load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu").model
+    new = load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu", adapter=trained[0]).model
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        changed = (getattr(old, table)().weight != getattr(new, table)().weight).any(dim=1).nonzero()[:, 0].tolist()
+        # A token that no conversation holds gets no gradient on its way in, but as an answer that is wrong.
+        assert changed and set(changed) <= ids
+        assert table == "get_input_embeddings" or set(changed) == ids
+    assert (trained[0] / "adapter_model.safetensors").stat().st_size < (
+        checkpoint("mla_noaux") / "model.safetensors"
+    ).stat().st_size
+
+
+def test_new_words_need_an_output_layer_of_its_own(processor, train_file, tmp_path):
+    model_path = save_model(tmp_path / "tied", processor, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"new_words: \['red'\] is not allowed for .*tied, whose output layer is its"):
+        trainer.train(settings(train_file, model_path, tmp_path / "out", **LORA_ALL, new_words=["red"]))
+
+
+def test_rows_of_tokens_that_a_model_lacks_are_refused(processor, checkpoint, trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for ids in config["trainable_token_indices"].values():
+        ids[-1] = len(processor.tokenizer)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the adapter in .* does not fit the model: index \d+ is out of bounds"):
+        load_pretrained_model(checkpoint("mla_noaux"), "float32", "cpu", adapter=folder)
 
 
 def test_an_adapter_of_another_model_is_refused(processor, checkpoint, trained, tmp_path):

@@ -220,7 +220,13 @@ main(sys.argv[1:])
         # The bias of the routers, every expert and AdamW's state have to come back.
         {**FULL, "variant": "mla_noaux"},
         # Dropout draws from the state of chance, the data from its place in the second epoch.
-        {**LORA_ALL, "variant": "mha_greedy", "lora_targets": ["attention", "mlp"], "lora_dropout": 0.2},
+        {
+            **LORA_ALL,
+            "variant": "mha_greedy",
+            "lora_targets": ["attention", "mlp"],
+            "lora_dropout": 0.2,
+            "new_words": ["red"],
+        },
     ],
     ids=["full", "lora"],
 )
@@ -248,10 +254,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(checkpoint, train_file, tmp
     assert first == second
 
 
-def test_a_finished_run_is_not_run_again(checkpoint, train_file, tmp_path):
-    config = settings(train_file, checkpoint("mla_greedy"), tmp_path, **LORA_ALL | {"max_steps": 2})
+@pytest.mark.parametrize("kind", [LORA_ALL, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("max_steps", [2, 3], ids=["epoch's end", "within an epoch"])
+def test_a_finished_run_is_not_run_again(checkpoint, train_file, tmp_path, kind, max_steps):
+    config = settings(train_file, checkpoint("mla_greedy"), tmp_path, **kind | {"max_steps": max_steps})
     first = train(config)
+    (result,) = tmp_path.glob("*model.safetensors")
+    saved = result.read_bytes()
+    result.unlink()  # as after a kill between the last checkpoint and the result
     assert train(config) == first
+    assert result.read_bytes() == saved
+
+
+def test_a_run_that_began_before_a_key_came_goes_on_with_its_default(checkpoint, train_file, tmp_path):
+    options = LORA_ALL | {"max_steps": 1}
+    first = train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options))
+    noted = json.loads((tmp_path / "train_config.json").read_text())
+    del noted["new_words"]
+    (tmp_path / "train_config.json").write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match=r"new_words: \['red'\] is not allowed; the run in .* began with None"):
+        train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options, new_words=["red"]))
+    assert train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options)) == first
 
 
 def test_going_on_with_other_settings_is_refused(checkpoint, train_file, tmp_path):

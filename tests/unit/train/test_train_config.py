@@ -37,6 +37,13 @@ PATHS = {"train_file": "a.jsonl", "output_dir": "out"}
         ({"language": "frozen"}, "language: 'frozen' is not allowed; allowed is lora or full"),
         ({"language": "full", "vision": "lora"}, "vision: 'lora' is not allowed; allowed is frozen or full"),
         ({"lora_dropout": 0.1}, "lora_dropout: 0.1 is not allowed; allowed is 0 while lora_targets include the"),
+        ({"new_words": []}, "new_words: [] is not allowed; allowed is a list of texts, at least one or null"),
+        ({"new_words": ["a", " "]}, "new_words: ['a', ' '] is not allowed; allowed is a list of words without empty"),
+        ({"new_words": ["a"], "language": "full"}, "new_words: ['a'] is not allowed; allowed is null with language: f"),
+        (
+            {"new_words": ["a"], "language": "frozen", "vision": "full"},
+            "new_words: ['a'] is not allowed; allowed is null with language: frozen, which trains no row",
+        ),
         ({"router_bias_update_speed": 0.1}, "router_bias_update_speed: 0.1 is not allowed; allowed is 0 or null with"),
         ({"eval_file": "b", "eval_share": 0.1}, "eval_share: 0.1 is not allowed; allowed is 0 with an eval_file"),
     ],
