@@ -3,10 +3,9 @@
     python examples/finetune/new_color.py --folder runs/brown
 
 draws the data, fine-tunes an adapter as `config.yaml` says, merges it, and prints the scores of questions on brown
-objects and of the tasks that nano knew before. Old questions are mixed in, so that less of those is forgotten. What is
-new is to name the colour; where a brown object is, and what shape it has, nano finds out from the other objects at
-times. It learns these, but not yet the name: the word's tokens are new to nano, and LoRA leaves their rows as they
-are. Ask it:
+objects and of the tasks that nano knew before. What is new is to name the colour; where a brown object is, and what
+shape it has, nano finds out from the other objects at times. Old questions are mixed in, so that less of those is
+forgotten, and questions for other colours beside brown: without them nano calls black objects brown. Ask it:
 
     python inference.py --adapter runs/brown/adapter --image runs/brown/data/pictures/000000_1.png \\
         --prompt "What shape is the brown object?"
@@ -16,14 +15,14 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from deepseek_vl2.nano.architecture import nano_processor
-from deepseek_vl2.nano.batches import ask
+from deepseek_vl2.nano.batches import Make, ask
 from deepseek_vl2.nano.drawing import LARGER_GRIDS, ONE_TILE, draw_scene
 from deepseek_vl2.nano.evaluate import evaluate_file, write_examples
 from deepseek_vl2.nano.questions import Example, make_color, make_locate, make_shape, split_rng
@@ -45,6 +44,14 @@ NEW_TASKS = {
 # No answer without the new word is right, so nothing but the new ability scores here.
 NEW_ABILITY = "new_color"
 OLD_TASKS = ("locate", "locate_all", "count", "color", "shape", "word", "table")
+# What old pictures show, and how often: counting and reading are forgotten first.
+OLD_SCENE_KINDS = {"shapes": 24, "counting": 45, "text": 14, "table": 14, "chart": 3}
+COUNT_WEIGHT = 100.0
+# How often an old question is for the colour of an object beside one of the new colour.
+OTHER_COLOR_SHARE = 0.25
+# The old colour that looks most like the new one, and how often that object has it.
+SIMILAR_COLOR = "black"
+SIMILAR_SHARE = 0.5
 BATCH_SIZE = 25
 
 
@@ -62,27 +69,41 @@ def new_scene(rng: random.Random) -> Scene:
 def new_example(rng: random.Random, task: str) -> Example:
     """A question whose answer is about an object of the new colour."""
     make, _ = NEW_TASKS[task]
+    return _first_question(rng, make, lambda color: color == NEW_COLOR)
+
+
+def other_color_example(rng: random.Random) -> Example:
+    """A question for the colour of an object beside one of the new colour: else every colour would soon be new."""
+    is_similar = rng.random() < SIMILAR_SHARE
+    return _first_question(rng, make_color, lambda color: color == SIMILAR_COLOR if is_similar else color != NEW_COLOR)
+
+
+def _first_question(rng: random.Random, make: Make, is_wanted: Callable[[str], bool]) -> Example:
+    """The first question on scenes with the new colour whose answer is about objects of wanted colours alone."""
     while True:
         example = make(rng, new_scene(rng))
         if example is None:
             continue
         (scene,) = example.scenes
-        if all(scene.objects[target.number].color == NEW_COLOR for piece in example.pieces for target in piece.targets):
+        if all(is_wanted(scene.objects[target.number].color) for piece in example.pieces for target in piece.targets):
             return example
 
 
 def training_examples(num_new: int, num_old: int) -> Iterator[Example]:
-    """Questions to learn, new and old; the old ones as in nano's own training."""
+    """Questions to learn, new and old; most of the old ones as in nano's own training."""
     tasks = list(NEW_TASKS)
     for number in range(num_new):
         yield new_example(split_rng(f"{TRAIN_SPLIT}-{NEW_COLOR}", number), tasks[number % len(tasks)])
     processor = nano_processor()
     for number in range(num_old):
         rng = split_rng(f"{TRAIN_SPLIT}-{NEW_COLOR}-old", number)
+        if rng.random() < OTHER_COLOR_SHARE:
+            yield other_color_example(rng)
+            continue
         questions: list[Example] = []
         while not questions:
             grid = rng.choice((ONE_TILE, *LARGER_GRIDS))
-            questions = list(ask(rng, draw_scene(rng, processor, grid, (1, 6)), num_questions=1))
+            questions = list(ask(rng, draw_scene(rng, processor, grid, (1, 6), OLD_SCENE_KINDS), 1, COUNT_WEIGHT))
         yield questions[-1]
 
 
@@ -116,8 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the example; prints a table, then one line of JSON."""
     parser = OneLineParser(prog="new_color.py", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/brown"), help="default: runs/brown")
-    parser.add_argument("--num_new", type=int, default=3000, help="questions on the new colour; default: 3000")
-    parser.add_argument("--num_old", type=int, default=3000, help="old questions mixed in; default: 3000")
+    parser.add_argument("--num_new", type=int, default=1500, help="questions on the new colour; default: 1500")
+    parser.add_argument("--num_old", type=int, default=4500, help="old questions mixed in; default: 4500")
     parser.add_argument("--num_scenes", type=int, default=200, help="measured scenes a task; default: 200")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as in training")
     options = parser.parse_args(arguments)

@@ -70,6 +70,18 @@ def test_the_new_ability_needs_the_new_word(example):
         assert "brown" in example.new_example(split_rng("test-ability", number), example.NEW_ABILITY).answer
 
 
+def test_other_colors_are_asked_for_beside_the_new_one(example):
+    answers = []
+    for number in range(60):
+        found = example.other_color_example(split_rng("test-other-color", number))
+        (scene,) = found.scenes
+        assert example.NEW_COLOR in {item.color for item in scene.objects}
+        answers.append(found.answer)
+    assert example.NEW_COLOR not in answers
+    assert answers.count(example.SIMILAR_COLOR) > 20
+    assert len(set(answers)) > 4
+
+
 def test_every_new_question_is_about_the_new_color_and_is_painted_so(example):
     examples = list(example.training_examples(9, 3))
     assert len(examples) == 12
