@@ -21,7 +21,10 @@ def example(repository):
     return module
 
 
-def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, capsys):
+def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, capsys, monkeypatch):
+    # One measured task of each kind: measuring is what takes long.
+    monkeypatch.setattr(example, "NEW_TASKS", {task: example.NEW_TASKS[task] for task in ("new_locate", "new_color")})
+    monkeypatch.setattr(example, "OLD_TASKS", ("locate_all", "count"))
     small = ["--num_new", "3", "--num_old", "1", "--num_scenes", "1"]
     steps = ["--set", "max_steps=2", "batch_size=2", "device=cpu"]
     assert example.main(["--folder", str(tmp_path), *small, *steps]) == 0

@@ -18,6 +18,9 @@ from deepseek_vl2.nano.tokenizer import build_tokenizer
 from deepseek_vl2.nano.train import LOG_EVERY, STAGES
 from deepseek_vl2.utils.io import load_pretrained_model, resolve_model_path
 
+# Scenes are evaluated once, on one worker of pytest-xdist.
+pytestmark = pytest.mark.xdist_group("nano_checkpoint")
+
 MAX_BYTES = 15_000_000
 NUM_SCENES = 36
 # What a nano has to reach on the 500 scenes of its card.
