@@ -20,6 +20,8 @@ COUNTING_SCENE_KINDS = {"shapes": 40, "counting": 50, "text": 2, "table": 4, "ch
 READING_SCENE_KINDS = {"shapes": 12, "counting": 28, "text": 40, "page": 10, "table": 7, "chart": 3}
 # The same where both are practised in the end.
 FINISHING_SCENE_KINDS = {"shapes": 20, "counting": 46, "text": 24, "page": 3, "table": 5, "chart": 2}
+# The same where counting is practised once more after that.
+LAST_SCENE_KINDS = {"shapes": 20, "counting": 54, "text": 20, "table": 4, "chart": 2}
 # The same where a second picture comes later in a conversation.
 LATER_SCENE_KINDS = {"shapes": 60, "counting": 30, "chart": 10}
 # Of shapes alone: how often they are small, and how often one is marked.

@@ -31,6 +31,7 @@ from deepseek_vl2.nano.batches import (
 from deepseek_vl2.nano.drawing import (
     COUNTING_SCENE_KINDS,
     FINISHING_SCENE_KINDS,
+    LAST_SCENE_KINDS,
     READING_SCENE_KINDS,
     SCENE_KINDS,
 )
@@ -59,9 +60,11 @@ OF_OBJECTS = ("class_ids", "color_ids")
 OF_VIEWS = (*OF_OBJECTS, "bar_values")
 OF_SCENES = (*OF_VIEWS, "row_ids", "column_ids", "first_places")
 FLAGS = ("is_center", "is_marked")
-STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading", "finish")
+STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading", "finish", "counts")
 # Stages whose batches are views without questions.
 VIEW_STAGES = ("views", "letters", "print")
+# Its last weights and those of the end are averaged: their mean answers better than either.
+AVERAGED_STAGE = "finish"
 LOG_EVERY = 20
 # Beside the losses on image tokens.
 PATCHES_WEIGHT = 3.0
@@ -176,6 +179,19 @@ def _finishing_stage(num_batches: int) -> StageSettings:
     )
 
 
+def _last_counting_stage(num_batches: int) -> StageSettings:
+    return _practising_stage(
+        num_batches,
+        LAST_SCENE_KINDS,
+        matrix_lr=1.1e-3,
+        other_lr=0.75e-3,
+        warmup_batches=10,
+        decay_share=1.0,
+        count_weight=200.0,
+        text_weight=5.0,
+    )
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """All numbers of the training; with the same ones on the same machine it ends at the same weights.
@@ -190,6 +206,7 @@ class TrainingSettings:
         print: Tower and projector learn print once more, and stay the same for the language model beside it.
         reading: Projector and language model learn answers again, above all about print.
         finish: Everything learns answers, above all to count: print has blurred what the tower tells of objects.
+        counts: Projector and language model learn answers once more, most of them counts.
         tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the losses on what tokens see, beside that of answers.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
@@ -221,6 +238,7 @@ class TrainingSettings:
     print: StageSettings = field(default_factory=lambda: _print_stage(1500))
     reading: StageSettings = field(default_factory=lambda: _reading_stage(800))
     finish: StageSettings = field(default_factory=lambda: _finishing_stage(450))
+    counts: StageSettings = field(default_factory=lambda: _last_counting_stage(270))
     tokens_a_row: int = 160
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
@@ -308,6 +326,8 @@ class NanoTrainer:
             self.model.language.model.layers[layer].register_forward_hook(partial(self._keep_states, layer))
         # The tower and the projector as the language model knows them, see `TrainingSettings.print`.
         self.earlier: nn.ModuleDict | None = None
+        # What the model was at the end of `AVERAGED_STAGE`.
+        self.averaged: dict[str, torch.Tensor] | None = None
         self.stage_index = 0
         self.next_batch = 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -340,6 +360,7 @@ class NanoTrainer:
                 "print": not is_language,
                 "reading": not is_tower,
                 "finish": True,
+                "counts": not is_tower,
             }[self.stage]
             parameter.requires_grad_(is_learning)
         matrices: list[nn.Parameter] = []
@@ -433,6 +454,7 @@ class NanoTrainer:
             "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "earlier": None if self.earlier is None else self.earlier.state_dict(),
+            "averaged": self.averaged,
         }
         unfinished = self.folder / "state.pt.unfinished"
         torch.save(state, unfinished)
@@ -458,6 +480,7 @@ class NanoTrainer:
         self.stage_index, self.next_batch = state["stage_index"], state["next_batch"]
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
+        self.averaged = state["averaged"]
         self._enter_stage()
         if self.earlier is not None:
             self.earlier.load_state_dict(state["earlier"])
@@ -465,10 +488,17 @@ class NanoTrainer:
             optimizer.load_state_dict(optimizer_state)
         logger.info("going on at batch %d of stage %r", self.next_batch, self.stage)
 
+    def final_weights(self) -> dict[str, torch.Tensor]:
+        """The mean of the present weights and of those at the end of `AVERAGED_STAGE`, if that has passed."""
+        weights = self.model.state_dict()
+        if self.averaged is None:
+            return weights
+        return {name: (self.averaged[name] + tensor) / 2 for name, tensor in weights.items()}
+
     def save_checkpoint(self, folder: Path) -> None:
-        """Writes the model in bfloat16 and its processor, as `from_pretrained` loads them."""
+        """Writes `final_weights` in bfloat16 and the processor, as `from_pretrained` loads them."""
         model = untrained_nano(self.processor.tokenizer, self.settings.seed)
-        model.load_state_dict(self.model.state_dict())
+        model.load_state_dict(self.final_weights())
         model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
         self.processor.save_pretrained(folder)
 
@@ -508,6 +538,8 @@ class NanoTrainer:
                 self._run_stage(log)
                 if self.stage_index + 1 == len(STAGES):
                     break
+                if self.stage == AVERAGED_STAGE:
+                    self.averaged = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
                 self.stage_index, self.next_batch = self.stage_index + 1, 0
                 self._enter_stage()
                 self.save_state()

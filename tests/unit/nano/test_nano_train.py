@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("nano_train")
 
 NUM_BATCHES = 3
 # One of views, one of answers, the one beside an earlier tower, and the last.
-STOPPED_STAGES = ("views", "answers", "print", "finish")
+STOPPED_STAGES = ("views", "answers", "print", "counts")
 OF_CELLS = {"class_ids", "color_ids", "bar_values", "is_center", "is_marked", "boxes"}
 LOSSES = {
     "views": {f"dense_{name}" for name in OF_CELLS | {"letters"}} | {"patch_letters", "patch_places"},
@@ -33,7 +33,8 @@ LOSSES["answers"] |= {"answer", "words", "coordinates", "pointing"}
 LOSSES["answers"] |= {"dense_pictures"}
 LOSSES["answers"] |= {f"attended_{name}" for name in ("class_ids", "color_ids", "boxes")}
 LOSSES["letters"] = LOSSES["views"]
-LOSSES["together"] = LOSSES["counting"] = LOSSES["reading"] = LOSSES["finish"] = LOSSES["answers"]
+LOSSES["together"] = LOSSES["counting"] = LOSSES["reading"] = LOSSES["answers"]
+LOSSES["finish"] = LOSSES["counts"] = LOSSES["answers"]
 LOSSES["print"] = LOSSES["views"] | {"keeping"}
 
 
@@ -111,7 +112,7 @@ def test_the_tower_is_fixed_while_answers_begin_and_while_counting_and_reading_a
     moved = [not is_same(before, after) for before, after in pairwise(before_step)]
     # The last step of a stage has the size 0: by design it moves nothing where `last_factor` is 0.
     learns, rests = [True, True, False], [False] * 3
-    assert moved == learns * 2 + rests + learns + rests + learns + rests + learns
+    assert moved == learns * 2 + rests + learns + rests + learns + rests + learns + rests
 
 
 def test_everything_else_learns(undisturbed):
@@ -132,6 +133,20 @@ def test_stopped_after_any_batch_and_gone_on_ends_at_the_same_bits(undisturbed, 
     trainer, stages, _ = run(tmp_path, monkeypatch)
     assert learnt + stages == [name for name in STAGES for _ in range(NUM_BATCHES + (name in STOPPED_STAGES))]
     assert is_same(weights(trainer), weights(undisturbed[1]))
+    assert is_same(trainer.final_weights(), undisturbed[1].final_weights())
+
+
+def test_the_end_is_the_mean_of_the_last_two_stages(tmp_path, monkeypatch):
+    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES[:-2]}
+    settings = small_settings(**none, save_every=100)
+    early, stages, _ = run(tmp_path, monkeypatch, NUM_BATCHES, settings)
+    assert stages == ["finish"] * NUM_BATCHES
+    assert is_same(early.final_weights(), early.averaged)
+    late, stages, _ = run(tmp_path, monkeypatch, None, settings)
+    assert stages == ["counts"] * NUM_BATCHES
+    first, last = early.averaged, late.model.state_dict()
+    assert not is_same(first, last)
+    assert is_same(late.final_weights(), {name: (first[name] + last[name]) / 2 for name in last})
 
 
 def test_a_finished_run_stays_as_it_is(undisturbed, monkeypatch):
@@ -206,14 +221,14 @@ def test_a_state_of_other_settings_is_refused(undisturbed):
     assert (folder / "state.pt").read_bytes() == before
 
 
-def test_checkpoint_is_the_model_in_bfloat16(undisturbed, tmp_path):
+def test_checkpoint_is_the_final_model_in_bfloat16(undisturbed, tmp_path):
     trainer = undisturbed[1]
     trainer.save_checkpoint(tmp_path)
     assert next(trainer.model.parameters()).dtype == torch.float32  # the run itself goes on in float32
     loaded, info = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert loaded.dtype == torch.bfloat16 and loaded.config.dtype == torch.bfloat16
-    for name, tensor in trainer.model.state_dict().items():
+    for name, tensor in trainer.final_weights().items():
         found = loaded.state_dict()[name]
         assert torch.equal(found, tensor.to(found.dtype)), name
     assert DeepseekVLV2Processor.from_pretrained(tmp_path).image_size == 112
@@ -253,7 +268,7 @@ def test_scaled_settings_keep_everything_but_the_length():
     assert whole.scaled(1.0) == whole
     lengths = [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES]
     assert lengths == [min(1, getattr(whole, name).num_batches) for name in STAGES]
-    assert sum(lengths) == 8
+    assert sum(lengths) == 9
 
 
 class FakeTrainer:
@@ -303,7 +318,7 @@ def test_growing_starts_from_an_earlier_edition_and_takes_the_shorter_way(tmp_pa
     settings = TrainingSettings.of_growth(tmp_path / "checkpoint", num_threads=1, tokens_a_row=60)
     stages = {name: replace(getattr(settings.scaled(1e-9), name), batch_size=4) for name in STAGES}
     _, learnt, snapshots = run(tmp_path / "run", monkeypatch, settings=replace(settings, **stages))
-    assert learnt == ["letters", "together", "counting", "print", "reading", "finish"]
+    assert learnt == ["letters", "together", "counting", "print", "reading", "finish", "counts"]
     for name, tensor in snapshots[0].items():
         torch.testing.assert_close(tensor, weights(earlier)[name].bfloat16().float())
 
