@@ -45,7 +45,7 @@ NEW_TASKS = {
 NEW_ABILITY = "new_color"
 OLD_TASKS = ("locate", "locate_all", "count", "color", "shape", "word", "table")
 # What old pictures show, and how often: counting and reading are forgotten first.
-OLD_SCENE_KINDS = {"shapes": 25, "counting": 38, "text": 20, "table": 13, "chart": 4}
+OLD_SCENE_KINDS = {"shapes": 24, "counting": 42, "text": 18, "table": 13, "chart": 3}
 COUNT_WEIGHT = 100.0
 # How often an old question is for the colour of an object beside one of the new colour.
 OTHER_COLOR_SHARE = 0.25
