@@ -84,7 +84,7 @@ def draw_curves(log: Path, output: Path) -> None:
         place += max(line["batch"] for line in lines if line["stage"] == stage)
     for line in lines:
         line["place"] = starts[line["stage"]] + line["batch"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
     for axis, names, title in ((axes[0], ANSWERS, "Answers"), (axes[1], TOKENS, "What image tokens say they see")):
         for name, label in names.items():
             axis.plot(*smoothed(lines, name), label=label, linewidth=1.4)
@@ -95,7 +95,7 @@ def draw_curves(log: Path, output: Path) -> None:
                 start, height, f" {stage}", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="0.4"
             )
         axis.set(title=title, xlabel="batch", ylabel="loss", yscale="log")
-        axis.legend(fontsize=8, loc="lower left")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=3)
         axis.grid(alpha=0.25)
     figure.savefig(output, dpi=110)
     pyplot.close(figure)
