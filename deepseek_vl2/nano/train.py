@@ -166,28 +166,17 @@ def _reading_stage(num_batches: int) -> StageSettings:
     )
 
 
-def _finishing_stage(num_batches: int) -> StageSettings:
+def _finishing_stage(
+    num_batches: int, scene_kinds: dict[str, int], matrix_lr: float, other_lr: float, count_weight: float
+) -> StageSettings:
     return _practising_stage(
         num_batches,
-        FINISHING_SCENE_KINDS,
-        matrix_lr=0.8e-3,
-        other_lr=0.55e-3,
+        scene_kinds,
+        matrix_lr,
+        other_lr,
         warmup_batches=10,
         decay_share=1.0,
-        count_weight=150.0,
-        text_weight=5.0,
-    )
-
-
-def _last_counting_stage(num_batches: int) -> StageSettings:
-    return _practising_stage(
-        num_batches,
-        LAST_SCENE_KINDS,
-        matrix_lr=1.1e-3,
-        other_lr=0.75e-3,
-        warmup_batches=10,
-        decay_share=1.0,
-        count_weight=200.0,
+        count_weight=count_weight,
         text_weight=5.0,
     )
 
@@ -237,8 +226,12 @@ class TrainingSettings:
     counting: StageSettings = field(default_factory=lambda: _counting_stage(700))
     print: StageSettings = field(default_factory=lambda: _print_stage(1500))
     reading: StageSettings = field(default_factory=lambda: _reading_stage(800))
-    finish: StageSettings = field(default_factory=lambda: _finishing_stage(450))
-    counts: StageSettings = field(default_factory=lambda: _last_counting_stage(270))
+    finish: StageSettings = field(
+        default_factory=lambda: _finishing_stage(450, FINISHING_SCENE_KINDS, 0.8e-3, 0.55e-3, 150.0)
+    )
+    counts: StageSettings = field(
+        default_factory=lambda: _finishing_stage(270, LAST_SCENE_KINDS, 1.1e-3, 0.75e-3, 200.0)
+    )
     tokens_a_row: int = 160
     dense_weight: float = 0.3
     coordinate_spread: float = 6.0
