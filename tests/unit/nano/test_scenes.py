@@ -12,6 +12,7 @@ from deepseek_vl2.nano.scenes import (
     COLORS,
     HELD_OUT_WORDS,
     LARGE_SIZES,
+    LETTERS,
     MARK_RGB,
     SHAPE_NAMES,
     TEXT_RGB,
@@ -158,6 +159,14 @@ def test_held_out_words_are_printed_on_request_only():
     for seed in range(40):
         scene = random_scene(random.Random(seed), text_probability=1, words=HELD_OUT_WORDS)
         assert all(item.name in HELD_OUT_WORDS for item in scene.texts if item.kind == "word")
+
+
+def test_letters_that_are_told_apart_worst_are_printed_most():
+    drawn = [random_word(random.Random(seed)) for seed in range(3000)]
+    letters = "".join(word for word in drawn if word not in TRAIN_WORDS)
+    counts = {letter: letters.count(letter) for letter in LETTERS}
+    assert counts["I"] == max(counts.values()) == pytest.approx(5 * counts["A"], rel=0.3)
+    assert min(counts.values()) > 0
 
 
 def test_letters_that_make_no_word_make_no_held_out_one(monkeypatch):
