@@ -25,16 +25,27 @@ _LEADING = re.compile(
     )""",
     re.VERBOSE,
 )
-# "not A", "isn't (A)", "neither A nor B".
+_QUOTED_LETTER = r"[(\[\"'*]*[A-Z](?![A-Za-z'’])[)\]\"'*]*"
+# "not A", "isn't (A)", "neither A nor B"; "(A) is wrong", "option A is not".
 _DENIED = re.compile(
-    r"(?i:\b(?:can)?not|n['’]t|\bneither|\bnor)(?:\s+be)?(?:\s+(?:option|choice))?\s+"
-    r"[(\[\"'*]*[A-Z](?![A-Za-z'’])[)\]\"'*]*(?:\s+n?or\s+[(\[\"'*]*[A-Z](?![A-Za-z'’])[)\]\"'*]*)*"
+    rf"(?i:\b(?:can)?not|n['’]t|\bneither|\bnor)(?:\s+be)?(?:\s+(?:option|choice))?\s+{_QUOTED_LETTER}"
+    rf"(?:\s+n?or\s+{_QUOTED_LETTER})*"
+    r"|(?:\b(?i:answer|option|choice)\s+)?(?<![A-Za-z'’])"
+    rf"{_QUOTED_LETTER}\s+(?:is|was)(?:n['’]t|\s+(?:not|wrong|incorrect|false))\b"
 )
-# A small letter only at the end, where it cannot be a word: "the answer is a horse".
-_STATED = re.compile(
-    r"(?i:(?:\b(?:answer|option|choice)\b|答案|选项)\s*(?:\b(?:is|would be|should be)\b|是|为)?\s*[:：]?\s*"
-    r"(?:\b(?:option|choice)\b\s*)?)[\"'*(\[$]*([A-Z](?![A-Za-z])|[a-z](?=\W*$))"
+# The letter of a statement, but not of "A or B". A small one only at the end, where it cannot be a word: "the answer is
+# a horse".
+_STATED_LETTER = (
+    r"[\"'*(\[$]*(?:([A-Z])(?![A-Za-z])"
+    r"(?![)\]\"'*]*\s*(?:\b(?:or|and)\b|[,/])\s*[(\[\"'*]*(?:[A-HJ-Z](?![A-Za-z])|I(?![A-Za-z]|\s+[a-z])))"
+    r"|([a-z])(?=\W*$))"
 )
+_CONNECTED = r"(?:\b(?:is|would be|should be)\b|是|为|[:：])"
+_CONCLUSION = re.compile(
+    rf"(?i:(?:\banswer\b|答案|(?:\b(?:option|choice)\b|选项)(?=\s*{_CONNECTED}))\s*{_CONNECTED}?\s*[:：]?\s*"
+    rf"(?:\b(?:option|choice)\b\s*)?){_STATED_LETTER}"
+)
+_NAMED = re.compile(rf"(?i:\b(?:option|choice)\b|选项)\s*{_STATED_LETTER}")
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _STANDING = re.compile(r"(?<![A-Za-z'’])([A-Z])(?![A-Za-z'’])")
 # "A dog", "I see": words, but not in "A or B", "A is right".
@@ -45,9 +56,9 @@ def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
     """Find the option that an answer means.
 
     Looked for in this order; the first step that finds anything decides: a letter alone ("B", "(B)"); an option's text
-    alone; a letter in front ("B. a cat", "B, because it barks"); a statement ("The answer is B"); letters in brackets;
-    options' texts within the answer; letters standing by themselves, but "A" and "I" not where they are words. Letters
-    that the answer denies ("not A") count for nothing.
+    alone; a conclusion ("The answer is B"); a letter in front ("B. a cat", "B, because it barks"); a named option
+    ("option B"); letters in brackets; options' texts within the answer; letters standing by themselves, but "A" and "I"
+    not where they are words. Letters that the answer denies ("not A", "A is wrong") count for nothing.
 
     Args:
         answer: text of the model.
@@ -60,22 +71,37 @@ def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
     alone = _ALONE.fullmatch(text)
     if alone is not None and alone[1].upper() in options:
         return alone[1].upper()
-    leading = _LEADING.match(text)
     claimed = _DENIED.sub("", text)
-    without_words = _WORD_NOT_LETTER.sub("", claimed)
+    leading = _LEADING.match(claimed)
     steps: tuple[Iterable[str], ...] = (
         (letter for letter, option in options.items() if _plain(option) == _plain(text)),
+        _stated(_CONCLUSION, claimed, options),
         (leading[1],) if leading else (),
-        (letter.upper() for letter in _STATED.findall(without_words)),
+        _stated(_NAMED, claimed, options),
         _BRACKETED.findall(claimed),
         _mentioned(text, options),
-        _STANDING.findall(without_words),
+        _STANDING.findall(_WORD_NOT_LETTER.sub("", claimed)),
     )
     for step in steps:
         found = {letter for letter in step if letter in options}
         if found:
             return found.pop() if len(found) == 1 else None
     return None
+
+
+def _stated(form: re.Pattern[str], answer: str, options: Mapping[str, str]) -> list[str]:
+    """Letters of statements; "A" before an option's text is an article, "I" before a word a pronoun."""
+    letters = []
+    for match in form.finditer(answer):
+        letter = (match[1] or match[2]).upper()
+        rest = answer[match.end() :]
+        is_article = letter == "A" and any(
+            re.match(rf"\s+{re.escape(text)}\b", rest, re.I) for text in options.values()
+        )
+        is_pronoun = letter == "I" and re.match(r"\s+[a-z]", rest)
+        if not (is_article or is_pronoun):
+            letters.append(letter)
+    return letters
 
 
 def _plain(text: str) -> str:

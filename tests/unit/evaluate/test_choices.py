@@ -103,6 +103,24 @@ THINGS = {"A": "cat", "B": "dog", "C": "tree", "D": "house"}
         ("The answer isn't (A)", None),
         ("Neither A nor B", None),
         ("It is B, not A", "B"),
+        ("Option (A) is wrong, so (B).", "B"),
+        ("(A) is wrong, (B) is right", "B"),
+        ("Option A isn't right, it is option B", "B"),
+        # a conclusion goes before a letter in front
+        ("(A) is wrong. The correct answer is (B).", "B"),
+        ("(A) shows a cat, (B) shows a dog. The answer is (B).", "B"),
+        ("A: wrong\nB: right\nAnswer: B", "B"),
+        ("A. It has no legs.\nB. It has four.\nThe answer is B.", "B"),
+        ("B, because option A is asleep", "B"),
+        # "A" in a statement is the letter, but before an option's text
+        ("The answer is A because it has stripes.", "A"),
+        ("The answer is A because the dog is small.", "A"),
+        ("The answer is A as the tree is far away", "A"),
+        ("Option A shows the animal.", "A"),
+        ("The answer is A dog", "B"),
+        ("The answer is A, I think", "A"),
+        ("The answer is A or B", None),
+        ("The answer is (A) and (C)", None),
     ],
 )
 def test_a_letter_in_front(answer, letter):
@@ -113,6 +131,7 @@ def test_letters_up_to_the_ninth():
     options = {letter: f"value {letter}{letter}" for letter in "ABCDEFGHI"}
     assert choose_option("I", options) == "I"
     assert choose_option("The answer is I.", options) == "I"
+    assert choose_option("The answer is I think F", options) == "F"
     assert choose_option("H. value HH", options) == "H"
     assert choose_option("I believe that F", options) == "F"
 
