@@ -123,6 +123,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         "data_digest": file_digest(options.data),
         "format": choose_format(options.data, options.format),
         "box_format": options.box_format,
+        "picture_root": _other_root(options),
         "limit": options.limit,
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
@@ -133,6 +134,13 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
         "quantize": options.quantize,
         "version": __version__,
     }
+
+
+def _other_root(options: argparse.Namespace) -> str | None:
+    """Where pictures are, if not beside the data: that folder moves with them."""
+    if options.picture_root is None or options.picture_root.resolve() == options.data.parent.resolve():
+        return None
+    return str(options.picture_root.resolve())
 
 
 def leave_out(samples: Sequence[Sample], problems: Sequence[BadEntry], skip_bad: bool) -> tuple[list[Sample], int]:

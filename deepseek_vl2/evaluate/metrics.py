@@ -93,11 +93,11 @@ def edit_distance(first: str, second: str) -> int:
 def anls(answer: str, expected: Sequence[str], threshold: float = ANLS_THRESHOLD) -> float:
     """Average normalised Levenshtein similarity of one question: the best over the expected answers.
 
-    Case does not count, nor how much space there is. A similarity below `threshold` is 0; one right at it counts, as in
-    the evaluation program of DocVQA (Biten et al., arXiv 1907.00490, section 4, writes "above" it).
+    Case does not count, nor how much space there is, except in the length that the distance is divided by. A similarity
+    below `threshold` is 0; one right at it counts, as in the evaluation program of DocVQA (Biten et al., arXiv
+    1907.00490, section 4, writes "above" it).
     """
-    text = _folded(answer)
-    best = max(_similarity(text, _folded(other)) for other in expected)
+    best = max(_similarity(answer, other) for other in expected)
     return best if best >= threshold else 0.0
 
 
@@ -107,7 +107,7 @@ def _folded(text: str) -> str:
 
 def _similarity(first: str, second: str) -> float:
     longest = max(len(first), len(second))
-    return 1 - edit_distance(first, second) / longest if longest else 1.0
+    return 1 - edit_distance(_folded(first), _folded(second)) / longest if longest else 1.0
 
 
 def parse_number(text: str) -> float | None:

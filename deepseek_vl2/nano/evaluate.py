@@ -6,6 +6,7 @@ writes them as files and runs `python -m deepseek_vl2.evaluate` on each. `--card
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ QUESTIONS_FILE = "questions.jsonl"
 # The same questions, asked with the global view alone.
 UNTILED_TASK = "small"
 UNTILED_TITLE = "the same with the global view alone"
+_ROW = re.compile(r"\| (\w+): ")
 TABLE_START, TABLE_END = "<!-- nano-accuracy -->", "<!-- /nano-accuracy -->"
 
 
@@ -138,17 +140,23 @@ def format_rows(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def update_card(path: Path, table: str) -> None:
-    """Puts a table between the marks of a card.
+    """Puts a table between the marks of a card; rows of tasks that it lacks stay.
 
     Raises:
         ValueError: If the file has no marks.
     """
     text = path.read_text(encoding="utf-8")
     before, found_start, rest = text.partition(TABLE_START)
-    _, found_end, after = rest.partition(TABLE_END)
+    old, found_end, after = rest.partition(TABLE_END)
     if not (found_start and found_end):
         raise ValueError(f"{path} has no place for the table: {TABLE_START} and {TABLE_END}")
-    path.write_text(f"{before}{TABLE_START}\n{table}\n{TABLE_END}{after}", encoding="utf-8")
+    head = [line for line in table.splitlines() if not _ROW.match(line)]
+    merged = "\n".join([*head, *(_rows_by_task(old) | _rows_by_task(table)).values()])
+    path.write_text(f"{before}{TABLE_START}\n{merged}\n{TABLE_END}{after}", encoding="utf-8")
+
+
+def _rows_by_task(table: str) -> dict[str, str]:
+    return {match[1]: line for line in table.splitlines() if (match := _ROW.match(line))}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

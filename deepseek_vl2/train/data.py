@@ -27,7 +27,6 @@ from deepseek_vl2.utils.io import load_pil_images
 
 logger = logging.getLogger(__name__)
 
-MAX_SHOWN_PROBLEMS = 20
 CONVERSATION_KEYS = ("conversations", "messages")
 
 
@@ -141,15 +140,12 @@ def read_samples(
 
 
 def _report(path: Path, problems: list[str], total: int, can_go_on: bool) -> None:
-    shown = problems[:MAX_SHOWN_PROBLEMS]
-    if len(problems) > len(shown):
-        shown.append(f"... and {len(problems) - len(shown)} more")
     count = f"{len(problems)} of {total} lines of {path} cannot be used"
     if can_go_on:
-        logger.warning("%s\n%s; going on with the rest", "\n".join(shown), count)
+        logger.warning("%s\n%s; going on with the rest", "\n".join(problems), count)
         return
     way_out = "" if len(problems) == total else ", or go on without them: skip_bad: true (--skip-bad)"
-    raise ValueError("\n".join([*shown, f"{count}; mend them{way_out}"]))
+    raise ValueError("\n".join([*problems, f"{count}; mend them{way_out}"]))
 
 
 def parse_line(line: bytes, folder: Path, processor: DeepseekVLV2Processor) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`python -m deepseek_vl2.evaluate` with the bundled model: killed and taken up again; bad files; other settings."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -94,6 +95,12 @@ def test_other_settings_are_refused(data, tmp_path, capsys):
     assert "max_new_tokens was 2, is 3" in captured.err.splitlines()[-1]
     assert main(command(data, tmp_path, "--limit", 1, "--max_new_tokens", 2, "--no_tiling")) == 2
     assert "no_tiling was False, is True" in capsys.readouterr().err.splitlines()[-1]
+    others = tmp_path / "others"
+    shutil.copytree(data.parent, others)
+    same = command(data, tmp_path, "--limit", 1, "--max_new_tokens", 2)
+    assert main([*same, "--picture_root", str(others)]) == 2
+    assert f"picture_root was None, is {str(others)!r}" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*same, "--picture_root", str(data.parent)]) == 0  # where they were looked for
 
 
 @pytest.mark.parametrize("spelling", ["--no_tiling", "--no-tiling"])

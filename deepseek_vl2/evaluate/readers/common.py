@@ -64,13 +64,18 @@ def as_mapping(value: Any, what: str) -> Mapping[str, Any]:
     return value
 
 
-def listed(cell: Any) -> list[Any]:
-    """The entries of a cell: a list, a list written as Python or JSON writes it, or one value; none if it is empty."""
+def listed(cell: Any, reads_text: bool = True) -> list[Any]:
+    """The entries of a cell: a list, or one value; none if it is empty.
+
+    Args:
+        cell: what the file holds.
+        reads_text: whether a text may be a list, as Python or JSON writes it; where files have lists it is a text.
+    """
     if isinstance(cell, (list, tuple)):
         return list(cell)
     if cell is None or cell == "":
         return []
-    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+    if reads_text and isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         try:
             value = ast.literal_eval(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -80,13 +85,13 @@ def listed(cell: Any) -> list[Any]:
     return [cell]
 
 
-def texts(cell: Any) -> tuple[str, ...]:
+def texts(cell: Any, reads_text: bool = True) -> tuple[str, ...]:
     """The entries of a cell as texts, see `listed`; of objects, as VQA has them, the field `answer`.
 
     Raises:
         ValueError: an entry is neither text nor number.
     """
-    entries = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in listed(cell)]
+    entries = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in listed(cell, reads_text)]
     wrong = [entry for entry in entries if not isinstance(entry, (str, int, float))]
     if wrong:
         raise ValueError(f"an answer must be a text or number, not {wrong[0]!r:.80}")

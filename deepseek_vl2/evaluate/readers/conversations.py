@@ -55,7 +55,7 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
     if not isinstance(fields.get("options"), (list, Mapping, NoneType)):
         raise ValueError(f"'options' must be a list or an object, not {fields['options']!r:.80}")
     choices = lettered(fields.get("options"))
-    answers = texts(first_of(fields, "answers", "answer")) or ((last_answer,) if last_answer else ())
+    answers = texts(first_of(fields, "answers", "answer"), reads_text=False) or ((last_answer,) if last_answer else ())
     return Sample(
         id=where if fields.get("id") is None else str(fields["id"]),
         where=where,

@@ -3,10 +3,11 @@
 A document carries `question`, `answers` (or `answer`, `label`), `image` (or `image_path`, `images`, or `image_1` to
 `image_7`: paths), `options` (a list, or fields A, B, ...) and `category`. What has "image" in its name is left out by
 `--log_samples`: paths have to be put back. The answer to a choice is a letter, an option's text, or its place in the
-list, counted from 0; a letter in `target` goes before. Open questions of MMMU (`question_type`) become a choice
-between their answers and "Other Answers", as in VLMEvalKit's file. A document with `bbox` is a referring expression, in
-`answer`: its box is x1, y1, x2, y2 in shares of the picture, as lmms-eval's RefCOCO has it, or else x, y, width, height
-in pixels.
+list, counted from 0; a letter in `target` goes before. Where a number may be both, it is the place if it stands there
+as a number, as in ScienceQA, or the list is called `options`, as in AI2D; in `choices` it is the text, as in MathVista.
+Open questions of MMMU (`question_type`) become a choice between their answers and "Other Answers", as in VLMEvalKit's
+file. A document with `bbox` is a referring expression, in `answer`: its box is x1, y1, x2, y2 in shares of the picture,
+as lmms-eval's RefCOCO has it, or else x, y, width, height in pixels.
 """
 
 import math
@@ -51,9 +52,8 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     if document.get("question_type") == OPEN and not choices:
         choices, answers = _as_choice(answers)
     question, boxes = _asked(document, sizes)
-    sample_id = first_of(document, "question_id", "questionId", "id", "index")
     return Sample(
-        id=str(fields.get("doc_id", where) if sample_id is None else sample_id),
+        id=_id(document, fields, where),
         where=where,
         question=question,
         pictures=pictures,
@@ -65,6 +65,14 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
         category=str(first_of(document, "category", "question_type", "subfield") or ""),
         split=str(document.get("split") or ""),
     )
+
+
+def _id(document: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> str:
+    """A log numbers its lines; of documents, the expressions for one object have the same id."""
+    if fields.get("doc_id") is not None:
+        return str(fields["doc_id"])
+    own = first_of(document, "question_id", "questionId", "id", "index")
+    return str(where if own is None or document.get("bbox") is not None else own)
 
 
 def _asked(document: Mapping[str, Any], sizes: tuple[tuple[int, int], ...]) -> tuple[str, tuple[PixelBox, ...] | None]:
@@ -114,16 +122,28 @@ def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Ma
     Raises:
         ValueError: an answer is no text, or can be meant in two ways.
     """
-    own = texts(first_of(document, "answers", "answer", "label"))
+    answer = first_of(document, "answers", "answer", "label")
     target = texts(first_of(fields, "target"))
     if target and all(answer in options for answer in target):
         return target
     letters = string.ascii_uppercase if listed(first_of(document, "options", "choices")) else ""
-    return tuple(_letter(answer, options, letters, bool(target)) for answer in own or target)
+    counts = isinstance(answer, int) or bool(listed(document.get("options")))
+    return tuple(_letter(text, options, letters, counts, bool(target)) for text in texts(answer) or target)
 
 
-def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], has_target: bool) -> str:
-    """The letter of an answer that is given as an option's text, or as its place among `letters`."""
+def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], counts: bool, has_target: bool) -> str:
+    """The letter of an answer that is given as an option's text, or as its place among `letters`.
+
+    Args:
+        answer: as the file has it.
+        options: text by letter.
+        letters: of a list of options; empty if they are not listed.
+        counts: whether a number that may be both is rather the place.
+        has_target: whether a log says, too, what is right, but not by a letter.
+
+    Raises:
+        ValueError: text and place are two options, and a log has a target of its own.
+    """
     letter = letter_of(answer, options)
     if letter in options:
         return letter
@@ -136,4 +156,5 @@ def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], has
             f"the answer {answer!r} may be option {named}, whose text it is, or option {placed}, counted from 0; "
             "write its letter"
         )
-    return named or placed or answer
+    found = (placed, named) if counts else (named, placed)
+    return next(filter(None, found), answer)

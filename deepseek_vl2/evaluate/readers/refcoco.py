@@ -1,10 +1,10 @@
 """Referring expressions, in the two forms in which RefCOCO, RefCOCO+ and RefCOCOg are passed around.
 
-`refcoco_list`: a JSON list, or JSON lines, of {image (or file_name, img_path), sentence (or caption, sent,
-sents, expression), bbox, width, height}; how boxes are
-written is said by a field `bbox_format` or by the option. `refcoco_refs`: one object with the parts of the original
-release, `refs` (ref_id, ann_id, image_id, sentences), `annotations` and `images` as in COCO's instances file (they may
-stand in a part `instances`); its boxes are x, y, width, height.
+`refcoco_list`: a JSON list, or JSON lines, of {image (or file_name, img_path), sentence (or caption, sent, sents,
+expression), bbox, width, height}; how boxes are written is said by a field `bbox_format` or by the option.
+`refcoco_refs`: one object with what the original release has in two files, `refs` (its pickle refs(unc).p, a list:
+ref_id, ann_id, image_id, sentences), `annotations` and `images` as in COCO's instances file (they may stand in a part
+`instances`); its boxes are x, y, width, height.
 """
 
 import codecs
@@ -37,7 +37,7 @@ def list_entries(path: Path) -> Iterator[tuple[str, Any]]:
     if not is_list:
         yield from json_lines(path)
         return
-    for number, entry in enumerate(parse_json(path.read_bytes()), start=1):
+    for number, entry in enumerate(_json_of(path), start=1):
         yield f"entry {number}", entry
 
 
@@ -75,7 +75,7 @@ def refs_entries(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: it is no JSON object with refs, annotations and images.
     """
-    document = as_mapping(parse_json(path.read_bytes()), str(path))
+    document = as_mapping(_json_of(path), str(path))
     tables = as_mapping(document.get("instances", document), "'instances'")
     refs, annotations, images = (
         _list_of(part, name, path) for part, name in ((document, "refs"), (tables, "annotations"), (tables, "images"))
@@ -88,6 +88,13 @@ def refs_entries(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         for index, sentence in enumerate(sentences, start=1):
             yield f"ref {number}, sentence {index}", Expression(ref, sentence, by_annotation, by_image)
+
+
+def _json_of(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _list_of(fields: Mapping[str, Any], name: str, path: Path) -> list[Any]:

@@ -46,7 +46,9 @@ def tsv_entries(path: Path) -> Iterator[tuple[str, TsvRow]]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             table = _table_rows(file)
             header = next(table, None)
-            names = header[1] if header else []
+            if header is None:
+                return
+            names = header[1]
             missing = {"index", "question"} - set(names)
             if missing:
                 raise ValueError(f"{path} has no column {' and no '.join(sorted(missing))} in its first line")

@@ -109,6 +109,8 @@ def test_edit_distance(first, second, distance):
         ("the dog", ["cat", "the dogs"], 7 / 8),  # the best of several
         ("", ["dog"], 0.0),
         ("42", ["42"], 1.0),
+        ("ab  xx", ["ab cd"], 4 / 6),  # space counts in the length alone, as in the program of DocVQA
+        ("", [""], 1.0),
     ],
 )
 def test_anls(answer, expected, score):

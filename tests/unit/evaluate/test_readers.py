@@ -273,6 +273,12 @@ def test_refcoco_refs_with_an_id_that_is_none(folder, table, name):
     assert "there is no annotation" in problems[0].reason
 
 
+@pytest.mark.parametrize(("form", "content"), [("refcoco_refs", '{"refs": '), ("refcoco_list", '[{"image": ')])
+def test_broken_json_is_refused_with_the_name_of_the_file(folder, form, content):
+    with pytest.raises(ValueError, match=r"d\.json: "):
+        read(folder, "d.json", content, form)
+
+
 def test_refcoco_refs_needs_its_three_lists(folder):
     with pytest.raises(ValueError, match="lists refs, annotations and images"):
         read(folder, "d.json", json.dumps({"refs": []}), "refcoco_refs")
@@ -308,7 +314,9 @@ LABELS = ["root", "leaf", "stem"]
         ({"doc": {"options": LABELS, "answer": "1"}}, ("B",)),
         ({"doc": {"options": LABELS, "answer": 0}, "target": "1"}, ("A",)),
         ({"doc": {"options": LABELS, "answer": "stem"}, "target": "2"}, ("C",)),
-        ({"doc": {"options": ["3", "0", "1"], "answer": "1"}}, ("C",)),  # a text
+        ({"doc": {"options": ["3", "0", "1"], "answer": "1"}}, ("B",)),  # a place, as in AI2D
+        ({"doc": {"choices": ["3", "0", "1"], "answer": "1"}}, ("C",)),  # a text, as in MathVista
+        ({"doc": {"choices": ["3", "0", "1"], "answer": 1}}, ("B",)),  # a place, as in ScienceQA
         ({"doc": {"options": ["3", "0", "1"], "answer": "1"}, "target": "B"}, ("B",)),
         ({"doc": {"options": ["0", "1"], "answer": "1"}, "target": "1"}, ("B",)),  # a text or a place, the same
         ({"doc": {"A": "root", "B": "leaf", "answer": "1"}}, ("1",)),  # no list that could be counted
@@ -348,6 +356,23 @@ def test_referring_expressions_of_lmms_eval(folder, bbox):
     (sample,), problems = read(folder, "data.jsonl", lines({"doc_id": 1, "doc": document}), "lmms_eval")
     assert problems == []
     assert (sample.question, sample.boxes) == ("the red one", ((15.0, 20.0, 45.0, 40.0),))
+
+
+@pytest.mark.parametrize(("numbers", "ids"), [((0, 1), ["0", "1"]), ((None, None), ["line 1", "line 2"])])
+def test_expressions_for_the_same_object_stay_apart_though_lmms_eval_gives_them_one_id(folder, numbers, ids):
+    document = {"question_id": "o1", "question": "Give the box.", "bbox": [1, 1, 5, 5], "image": "a.png"}
+    expressions = ("the red one", "the left one")
+    content = lines(
+        *(
+            document | {"answer": expression}
+            if number is None
+            else {"doc_id": number, "doc": document | {"answer": expression}}
+            for number, expression in zip(numbers, expressions, strict=True)
+        )
+    )
+    samples, problems = read(folder, "data.jsonl", content, "lmms_eval")
+    assert problems == []
+    assert [(sample.id, sample.question) for sample in samples] == list(zip(ids, expressions, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -525,11 +550,26 @@ def test_all_bad_entries_are_named_and_the_check_counts(folder):
 
 @pytest.mark.parametrize(
     ("form", "content"),
-    [("conversations", "\n"), ("conversations", "\ufeff\n"), ("refcoco_list", "[]"), ("lmms_eval", "")],
+    [
+        ("tsv", ""),
+        ("tsv", "index\tquestion\n"),
+        ("conversations", "\n"),
+        ("conversations", "\ufeff\n"),
+        ("refcoco_list", "[]"),
+        ("lmms_eval", ""),
+    ],
 )
 def test_empty_files_are_refused(folder, form, content):
     with pytest.raises(ValueError, match="empty"):
         read(folder, "d.json", content, form)
+
+
+@pytest.mark.parametrize("text", ["[3, 5]", "[]", "['a', 'b']", "[[1, 2, 3, 4]]"])
+def test_an_answer_in_brackets_is_a_text_where_files_have_lists(folder, text):
+    content = lines({"messages": [QUESTION], "answer": text}, {"messages": [QUESTION], "answers": [text, "b"]})
+    samples, problems = read(folder, "d.jsonl", content)
+    assert problems == []
+    assert [sample.answers for sample in samples] == [(text,), (text, "b")]
 
 
 def test_limit_and_picture_root(folder, tmp_path_factory):

@@ -119,6 +119,11 @@ def test_a_card_keeps_what_stands_around_the_table(tmp_path):
     update_card(card, "new")
     update_card(card, "newer")
     assert card.read_text(encoding="utf-8") == f"before\n{TABLE_START}\nnewer\n{TABLE_END}\nafter\n"
+    rows = [f"| {task}: what it is | {number} |" for number, task in enumerate(("locate", "small", "word"))]
+    update_card(card, "\n".join(["| task | score |", *rows]))
+    update_card(card, "| task | score |\n| small: what it is | 7 |\n| bar: what it is | 8 |")
+    expected = ["| task | score |", rows[0], "| small: what it is | 7 |", rows[2], "| bar: what it is | 8 |"]
+    assert card.read_text(encoding="utf-8").splitlines()[2:-2] == expected
     card.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match=r"README\.md has no place for the table"):
         update_card(card, "new")
