@@ -20,10 +20,11 @@ from packaging.requirements import Requirement
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
+from deepseek_vl2.models.machine_limits import free_bytes
 from deepseek_vl2.utils.checkpoint_files import check_weight_files, compare_shapes
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
-from deepseek_vl2.utils.hardware import available_bytes, choose_device, choose_dtype, choose_num_threads
+from deepseek_vl2.utils.hardware import choose_device, choose_dtype, choose_num_threads
 from deepseek_vl2.utils.io import check_model_type, resolve_model_path
 from deepseek_vl2.utils.model_size import (
     PUBLISHED_SIZES,
@@ -76,13 +77,6 @@ def diagnose(model_path: str | None = None) -> dict[str, Any]:
     if model_path is not None:
         report["model"] = check_model(model_path, device.value, free)
     return report
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that a model may take on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_bytes()
 
 
 def weights_on(device: torch.device) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 
 def available_bytes(root: Path = Path("/")) -> int:
@@ -15,6 +16,16 @@ def available_bytes(root: Path = Path("/")) -> int:
         if limit is not None and used is not None:
             free = min(free, max(0, int(limit - used + _reclaimable(folder))))
     return free
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a device can still take: of a CUDA device also what torch holds there without using it."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return available_bytes()
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

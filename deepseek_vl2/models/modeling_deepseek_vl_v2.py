@@ -24,6 +24,7 @@ from .parallel import CheckedSharesMixin
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
+from .view_batches import views_at_once
 
 # Tokens of an answer that a prefilled cache has room for before it grows.
 ROOM_FOR_ANSWERS = 512
@@ -251,9 +252,9 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
         is_any_twice = len(places) < len(sources)
         if is_any_twice:
             views = views[list(places)]
-        vision_dtype = self.vision.pos_embed.dtype  # type: ignore[union-attr]
-        patches = self.vision(views.to(vision_dtype))  # [distinct views, P*P, C]
-        tokens = self.projector(patches)  # [distinct views, G*G, D]
+        dtype, device = self.vision.pos_embed.dtype, self.vision.pos_embed.device  # type: ignore[union-attr]
+        batches = views.to(dtype).split(views_at_once(self.config.vision_config, len(views), dtype, device))
+        tokens = torch.cat([self.projector(self.vision(batch)) for batch in batches])  # [distinct views, G*G, D]
         if is_any_twice:
             tokens = tokens[[places[source] for source in sources]]  # [V, G*G, D]
         tokens_of_pictures = tokens.split([grid.num_views for grid in all_grids])

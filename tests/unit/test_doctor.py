@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_vl2 import doctor, nano
 from deepseek_vl2.doctor import fit_of, main
+from deepseek_vl2.models import machine_limits
 from deepseek_vl2.utils.hardware import Choice
 from deepseek_vl2.utils.io import load_pretrained_model
 from deepseek_vl2.utils.model_size import published_config
@@ -24,7 +25,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(doctor, "choose_device", lambda: cpu)
     monkeypatch.setattr(doctor, "choose_dtype", lambda *given: Choice(torch.bfloat16, "it is native"))
     monkeypatch.setattr(doctor, "choose_num_threads", lambda: Choice(7, "seven cores"))
-    monkeypatch.setattr(doctor, "available_bytes", lambda: 20 * GB)
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 20 * GB)
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_another_kind_of_model_is_named_in_one_line(capsys, folder, config, mess
 
 
 def test_a_checkpoint_that_does_not_fit_is_told_what_would(capsys, folder, monkeypatch):
-    monkeypatch.setattr(doctor, "available_bytes", lambda: int(0.015 * GB))
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: int(0.015 * GB))
     code, found = report(capsys, "--model_path", folder)
     assert code == 1
     (problem,) = found["model"]["problems"]
@@ -136,7 +137,7 @@ def test_a_quantised_checkpoint_is_judged_as_it_is(capsys, tmp_path, monkeypatch
     model = load_pretrained_model("nano", quantize="int8", device="cpu")
     model.model.save_pretrained(tmp_path / "int8")
     model.processor.save_pretrained(tmp_path / "int8")
-    monkeypatch.setattr(doctor, "available_bytes", lambda: int(0.015 * GB))  # too little for bfloat16
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: int(0.015 * GB))  # too little for bfloat16
     code, found = report(capsys, "--model_path", tmp_path / "int8")
     assert (code, found["model"]["problems"]) == (0, [])
     assert [fit["weights"] for fit in found["model"]["fits"]] == ["int8"]
@@ -144,6 +145,8 @@ def test_a_quantised_checkpoint_is_judged_as_it_is(capsys, tmp_path, monkeypatch
 
 def test_a_gpu_is_not_promised_what_the_cpu_alone_can(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "choose_device", lambda: Choice(torch.device("mps"), "a test"))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 16 * GB)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: GB)
     _, found = report(capsys)
     assert {fit["weights"] for fit in found["fits"]} == {"bfloat16"}
 

@@ -15,9 +15,10 @@ from small_models import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, machine_limits
 from deepseek_vl2.models.modeling_deepseek_vl_v2 import DeepSeekVLV2CausalLMOutputWithPast
 from deepseek_vl2.models.tiling import TileGrid
+from deepseek_vl2.models.view_batches import MEMORY_SHARE, bytes_per_view
 
 G = 3
 NEWLINE, SEPARATOR = -1.0, -2.0
@@ -29,10 +30,11 @@ class NumberedViews(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1))
-        self.num_views = 0
+        self.num_views = self.largest_batch = 0
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
         self.num_views += len(views)
+        self.largest_batch = max(self.largest_batch, len(views))
         return views[:, 0, 0, 0, None, None] + torch.arange(G * G).reshape(1, -1, 1) / 100
 
 
@@ -68,6 +70,31 @@ def number_views(inputs: dict[str, torch.Tensor]) -> None:
     for row, views in enumerate(inputs["images"]):
         for i, view in enumerate(views):
             view.fill_(100 * row + i + 1)
+
+
+@pytest.mark.parametrize(("fitting", "largest"), [(0.5, 1), (2.5, 2), (3, 3), (100, 7)])
+@torch.no_grad()
+def test_views_are_cut_into_batches_that_fit_into_memory(monkeypatch, fitting, largest):
+    model, inputs = numbered_model(), join([make_inputs([(2, 1)]), make_inputs([(1, 2)], seed=1)])
+    inputs["images"] = torch.arange(6.0).reshape(2, 3, 1, 1, 1).expand(2, 3, 3, SIDE, SIDE) + 1
+    inputs["images"][1, 2] = 9.0
+    whole = model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
+    size = bytes_per_view(model.config.vision_config, torch.float32)
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: int(size * fitting / MEMORY_SHARE))
+    model.vision.num_views = model.vision.largest_batch = 0
+    cut = model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
+    assert (model.vision.num_views, model.vision.largest_batch) == (6, min(largest, 6))
+    assert all(torch.equal(first, second) for first, second in zip(cut, whole, strict=True))
+
+
+def test_views_are_not_cut_where_gradients_are_kept(monkeypatch):
+    monkeypatch.setattr(machine_limits, "available_bytes", lambda: 0)
+    model, inputs = numbered_model(), make_inputs([(2, 1)])
+    model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
+    assert model.vision.largest_batch == 3
+    with torch.no_grad():
+        model.get_image_features(inputs["images"], inputs["images_spatial_crop"])
+    assert model.vision.num_views == 6
 
 
 @pytest.mark.parametrize("position", ["head", "tail"])

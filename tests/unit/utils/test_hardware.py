@@ -6,6 +6,7 @@ import psutil
 import pytest
 import torch
 
+from deepseek_vl2.models.machine_limits import free_bytes
 from deepseek_vl2.utils import hardware
 from deepseek_vl2.utils.hardware import (
     available_bytes,
@@ -188,3 +189,14 @@ def test_the_users_number_of_threads_wins(monkeypatch, no_variables):
 def test_this_machine_can_be_asked():
     assert 1 <= num_physical_cores() <= len(hardware.allowed_cpus()) <= (os.cpu_count() or 1)
     assert available_bytes() > 0
+
+
+def test_free_memory_of_gpus_counts_what_torch_keeps_unused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 16 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GB)
+    assert free_bytes(torch.device("cuda")) == 6 * GB
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 16 * GB)
+    for allocated, free in ((4 * GB, 12 * GB), (17 * GB, 0)):
+        monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda allocated=allocated: allocated)
+        assert free_bytes(torch.device("mps")) == free
