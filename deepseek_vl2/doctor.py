@@ -19,8 +19,16 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from packaging.requirements import Requirement
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
+from deepseek_vl2.models import (
+    DeepseekVLV2Config,
+    DeepseekVLV2ForCausalLM,
+    WeightOnlyConfig,
+    checkpoint_bytes,
+    own_quantization,
+)
 from deepseek_vl2.models.machine_limits import free_bytes
+from deepseek_vl2.models.quantization.layers import replace_layers
+from deepseek_vl2.models.quantization.quantizer import check_is_complete
 from deepseek_vl2.utils.checkpoint_files import check_weight_files, compare_shapes
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.errors import run_command
@@ -113,7 +121,9 @@ def chosen_kernels() -> dict[str, str]:
     }
 
 
-def fit_of(config: DeepseekVLV2Config, name: str, weights: str, free: int) -> dict[str, Any]:
+def fit_of(
+    config: DeepseekVLV2Config, name: str, weights: str, free: int, num_bytes: int | None = None
+) -> dict[str, Any]:
     """What a model takes, and whether that fits.
 
     Args:
@@ -121,11 +131,12 @@ def fit_of(config: DeepseekVLV2Config, name: str, weights: str, free: int) -> di
         name: How to call it.
         weights: A key of `model_size.BYTES_PER_WEIGHT`.
         free: Bytes of memory that it may take.
+        num_bytes: What the weights take, if that is known better than by their kind.
 
     Returns:
         `model`, `weights`, `needs_gb` (weights, and the cache of `CONTEXT` tokens) and `verdict`: yes, tight or no.
     """
-    needed = weight_bytes(config, weights) + CONTEXT * cache_bytes_per_token(config)
+    needed = (num_bytes or weight_bytes(config, weights)) + CONTEXT * cache_bytes_per_token(config)
     verdict = "no" if needed > free else "tight" if needed > TIGHT * free else "yes"
     return {"model": name, "weights": weights, "needs_gb": round(needed / GB, 2), "verdict": verdict}
 
@@ -171,14 +182,16 @@ def check_model(model_path: str, device: torch.device, free: int) -> dict[str, A
     missing = [name for name in ("processor_config.json", "tokenizer.json") if not (folder / name).is_file()]
     problems = found.problems + [f"{name} is missing: the processor cannot be loaded" for name in missing]
     quantized = own_quantization(config)
-    if not found.problems and not quantized:
+    if not found.problems and quantized:
+        problems += _problems_of_quantized(config, found.files)
+    elif not found.problems:
         problems += compare_shapes(found.shapes, checkpoint_shapes(config), NOT_NEEDED)
     # The files' headers say what the weights take as 16 bits; a folder that lacks a file cannot be loaded anyway.
     num_bytes = found.num_bytes if found.problems else checkpoint_bytes(folder)
     dtype = choose_dtype(device, num_bytes, quantized)
     weights = quantized or ("float32" if dtype.value == torch.float32 else "bfloat16")
     kinds = (quantized,) if quantized else dict.fromkeys((weights, *weights_on(device)))
-    fits = [fit_of(config, Path(model_path).name, kind, free) for kind in kinds]
+    fits = [fit_of(config, Path(model_path).name, kind, free, num_bytes if quantized else None) for kind in kinds]
     if fits[0]["verdict"] == "no":
         others = [fit["weights"] for fit in fits if fit["verdict"] != "no"]
         way_out = f"{' or '.join(others)} would fit" if others else "a smaller model may fit"
@@ -191,6 +204,18 @@ def check_model(model_path: str, device: torch.device, free: int) -> dict[str, A
         "fits": fits,
         "problems": problems,
     }
+
+
+def _problems_of_quantized(config: DeepseekVLV2Config, files: list[Path]) -> list[str]:
+    with torch.device("meta"):
+        model = DeepseekVLV2ForCausalLM(config)
+    quantization: Any = config.quantization_config
+    replace_layers(model, WeightOnlyConfig(**quantization))
+    try:
+        check_is_complete(model, files)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _local_folder(model_path: str) -> Path | None:

@@ -9,6 +9,7 @@ from deepseek_vl2.batch.answering import AnswerOptions, BatchAnswerer, ModelOpti
 from deepseek_vl2.batch.preparing import BatchLimits
 from deepseek_vl2.batch.record_file import RecordFile
 from deepseek_vl2.batch.sources import Source
+from deepseek_vl2.utils.hardware import use_chosen_num_threads
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class Job:
     limits: BatchLimits
 
     def answerer(self) -> BatchAnswerer:
-        """Loads the model.
+        """Loads the model, with the number of threads that suits this process.
 
         Raises:
             OSError: it is not there.
             ValueError: an option does not fit.
         """
+        use_chosen_num_threads()
         return BatchAnswerer(self.model.load(), self.options, self.limits)
 
 

@@ -15,7 +15,13 @@ from .conversion_mapping import register_conversion_mapping
 from .memory import check_memory, checkpoint_bytes
 from .modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
-from .quantization import WeightOnlyConfig, choose_quantization, own_quantization, register_quantization
+from .quantization import (
+    WeightOnlyConfig,
+    check_quantization,
+    choose_quantization,
+    own_quantization,
+    register_quantization,
+)
 
 __all__ = [
     "DeepseekV2Config",
@@ -24,6 +30,7 @@ __all__ = [
     "DeepseekVLV2Processor",
     "WeightOnlyConfig",
     "check_memory",
+    "check_quantization",
     "checkpoint_bytes",
     "choose_quantization",
     "own_quantization",

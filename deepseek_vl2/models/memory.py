@@ -5,10 +5,13 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from .machine_limits import available_bytes
+from .quantization.choice import own_quantization
 from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
 from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
 from .quantization.packing import padded_rows
@@ -19,22 +22,27 @@ _NO_LINEARS = ("embed_tokens", "gate")
 
 
 def checkpoint_bytes(
-    path: str | os.PathLike[str], quantize: str | None = None, dtype: torch.dtype | str = torch.bfloat16
+    path: str | os.PathLike[str],
+    quantize: str | WeightOnlyConfig | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
 ) -> int:
     """Memory that the weights of a checkpoint take once they are loaded, from the headers of its files.
 
     Args:
         path: Folder of the checkpoint.
-        quantize: `int8`, `int4`, or None to load the weights as they are; a checkpoint that is quantised stays so.
+        quantize: `int8`, `int4`, a configuration, or None to load the weights as they are; a checkpoint that is
+            quantised stays so.
         dtype: Type of the weights that are not quantised, or `auto` for their own.
 
     Raises:
         FileNotFoundError: If there are no safetensors files in the folder.
         ValueError: If the quantisation is unknown, or a file is broken.
     """
-    if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ValueError(f"unknown quantisation {quantize!r}: take {' or '.join(QUANTIZATIONS)}")
-    config = WeightOnlyConfig(QUANTIZATIONS[quantize]) if quantize else None
+    config = quantize
+    if isinstance(config, str):
+        if config not in QUANTIZATIONS:
+            raise ValueError(f"unknown quantisation {config!r}: take {' or '.join(QUANTIZATIONS)}")
+        config = WeightOnlyConfig(QUANTIZATIONS[config])
     is_tied = _is_tied(Path(path))
     total = 0
     for name, shape, kind in _tensors(Path(path)):
@@ -47,9 +55,16 @@ def checkpoint_bytes(
 
 
 def check_memory(
-    path: str | os.PathLike[str], quantize: str | None = None, dtype: torch.dtype | str = torch.bfloat16
+    path: str | os.PathLike[str],
+    quantize: str | WeightOnlyConfig | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
 ) -> None:
     """Refuses a checkpoint whose weights do not fit into memory, before they are read.
+
+    Args:
+        path: See `checkpoint_bytes`, like the others.
+        quantize: How the weights are to be held.
+        dtype: Type of what is not quantised.
 
     Raises:
         ValueError: If they do not fit, the message says what would; and see `checkpoint_bytes`.
@@ -58,21 +73,39 @@ def check_memory(
     needed, available = checkpoint_bytes(path, quantize, dtype), available_bytes()
     if needed <= available:
         return
-    smaller = {name: checkpoint_bytes(path, name, dtype) for name in QUANTIZATIONS}
+    own = own_quantization(SimpleNamespace(**_config_of(Path(path))))
+    kind = own or (quantize.name if isinstance(quantize, WeightOnlyConfig) else quantize) or _name(dtype)
+    # A quantised checkpoint has no other form.
+    others = () if own else (None, *QUANTIZATIONS)
+    smaller = {other or _name(torch.bfloat16): checkpoint_bytes(path, other) for other in others}
     fitting = [f"{name} ({_gigabytes(size)})" for name, size in smaller.items() if size <= available and size < needed]
-    way_out = f"would fit: {', '.join(fitting)}" if fitting else "no quantisation would fit; take a smaller model"
+    if fitting:
+        way_out = f"would fit: {', '.join(fitting)}"
+    elif own == "int8":
+        way_out = "quantise its original to int4, or take a smaller model"
+    else:
+        way_out = "no quantisation would fit; take a smaller model"
     raise ValueError(
-        f"not enough memory for the weights in {os.fspath(path)}: they take {_gigabytes(needed)} as "
-        f"{quantize or str(dtype).removeprefix('torch.')}, {_gigabytes(available)} are available; {way_out}"
+        f"not enough memory for the weights in {os.fspath(path)}: they take {_gigabytes(needed)} as {kind}, "
+        f"{_gigabytes(available)} are available; {way_out}"
     )
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
+def _config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def _is_tied(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config_of(folder)
     return bool(config.get("language_config", config).get("tie_word_embeddings", False))
 
 

@@ -184,6 +184,7 @@ def load_pretrained_model(
         DeepseekVLV2Processor,
         WeightOnlyConfig,
         check_memory,
+        check_quantization,
         choose_quantization,
     )
 
@@ -201,13 +202,21 @@ def load_pretrained_model(
     if quantize is not None and given is not None:
         raise ValueError(f"give quantize={quantize!r} or a quantization_config, not both")
     # How the weights are held in the end.
-    kind_of_weights = given.name if isinstance(given, WeightOnlyConfig) else quantize
+    held_as = given if isinstance(given, WeightOnlyConfig) else quantize
     model_options["device_map"] = _device_map(device, model_options)
+    # Before anything is downloaded or read.
+    if quantize is not None:
+        check_quantization(quantize, _kind_of_device(model_options["device_map"]))
+    if compile:
+        from deepseek_vl2.models.compiling import check_compiler
+
+        check_compiler(_kind_of_device(model_options["device_map"]))
     folder = _checkpoint_folder(resolve_model_path(path))
     processor = DeepseekVLV2Processor.from_pretrained(folder)
     check_model_type(folder)
     if torch_dtype is None:
-        torch_dtype = _choose_dtype(folder, device, kind_of_weights)
+        place = "cpu" if _is_on_cpu(model_options["device_map"]) else device
+        torch_dtype = _choose_dtype(folder, place, held_as.name if isinstance(held_as, WeightOnlyConfig) else held_as)
     config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
     processor.check_vocab(config.language_config.vocab_size)
     if adapter is not None and (quantize or given or getattr(config, "quantization_config", None)):
@@ -219,7 +228,7 @@ def load_pretrained_model(
         kind = _kind_of_device(model_options["device_map"])
         model_options["quantization_config"] = choose_quantization(quantize, kind, config)
     if _is_on_cpu(model_options["device_map"]):
-        check_memory(folder, kind_of_weights, torch_dtype)
+        check_memory(folder, held_as, torch_dtype)
     try:
         loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
             folder,

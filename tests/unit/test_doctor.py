@@ -13,7 +13,7 @@ from deepseek_vl2.doctor import fit_of, main
 from deepseek_vl2.models import machine_limits
 from deepseek_vl2.utils.hardware import Choice
 from deepseek_vl2.utils.io import load_pretrained_model
-from deepseek_vl2.utils.model_size import published_config
+from deepseek_vl2.utils.model_size import published_config, weight_bytes
 
 GB = 10**9
 
@@ -141,6 +141,21 @@ def test_a_quantised_checkpoint_is_judged_as_it_is(capsys, tmp_path, monkeypatch
     code, found = report(capsys, "--model_path", tmp_path / "int8")
     assert (code, found["model"]["problems"]) == (0, [])
     assert [fit["weights"] for fit in found["model"]["fits"]] == ["int8"]
+
+    weights = tmp_path / "int8" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["language.model.layers.1.mlp.experts.down_proj_scales"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, found = report(capsys, "--model_path", tmp_path / "int8")
+    assert code == 1
+    assert "half written" in found["model"]["problems"][0] and "down_proj_scales" in found["model"]["problems"][0]
+
+
+def test_what_files_say_of_the_weights_goes_before_their_kind():
+    config = published_config("tiny")
+    cache = fit_of(config, "tiny", "int4", GB)["needs_gb"] - weight_bytes(config, "int4") / GB
+    fit = fit_of(config, "tiny", "int4", 6 * GB, 5 * GB)
+    assert (fit["needs_gb"], fit["verdict"]) == (pytest.approx(5 + cache, abs=0.01), "yes")
 
 
 def test_a_gpu_is_not_promised_what_the_cpu_alone_can(capsys, monkeypatch):

@@ -37,11 +37,22 @@ def linear(
         [..., N] in the type of the inputs.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
+    check_activations(rows.dtype)
     if weight_format.group_size is None:
         output = _int8_product(rows, weight, scales)
     else:
         output = _int4_product(rows, weight, scales, weight_format.group_size, num_outputs)
     return output.view(*inputs.shape[:-1], num_outputs)
+
+
+def check_activations(dtype: torch.dtype) -> None:
+    """Refuses float16, in which products of integers overflow.
+
+    Raises:
+        ValueError: For float16.
+    """
+    if dtype == torch.float16:
+        raise ValueError("Quantised weights do not work in float16. Choose bfloat16 (fastest) or float32.")
 
 
 def _int8_product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

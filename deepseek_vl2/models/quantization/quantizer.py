@@ -1,6 +1,7 @@
 """The part that transformers calls: replaces layers, quantises each weight as it is read, loads and saves."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +121,7 @@ class WeightOnlyQuantizer(HfQuantizer):
         Raises:
             ValueError: For float16.
         """
-        if dtype == torch.float16:
-            raise ValueError("Quantised weights do not work in float16. Choose bfloat16 (fastest) or float32.")
+        kernels.check_activations(dtype)
         return dtype
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:
@@ -150,9 +150,15 @@ class WeightOnlyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        # Not above: that module needs this package.
+        from ..memory import check_memory
+
         replace_layers(model, self.quantization_config)
-        if self.pre_quantized and checkpoint_files:
+        if not checkpoint_files:
+            return
+        if self.pre_quantized:
             check_is_complete(model, checkpoint_files)
+        check_memory(Path(checkpoint_files[0]).parent, self.quantization_config, model.dtype)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         # Else saving would take the experts apart.
@@ -214,7 +220,7 @@ def _align_int8_weights(model: nn.Module) -> None:
                     files.release_pages([buffer])
 
 
-def check_is_complete(model: "PreTrainedModel", checkpoint_files: list[str]) -> None:
+def check_is_complete(model: "PreTrainedModel", checkpoint_files: Sequence[str | Path]) -> None:
     """Refuses a quantised checkpoint of which a part is missing, by the headers of its files.
 
     Raises:

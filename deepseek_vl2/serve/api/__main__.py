@@ -105,8 +105,10 @@ def serve(options: argparse.Namespace) -> None:
         from deepseek_vl2.serve.api.app import create_app
         from deepseek_vl2.serve.api.service import ChatService
         from deepseek_vl2.serve.api.settings import ServerSettings
+        from deepseek_vl2.utils.hardware import use_chosen_num_threads
         from deepseek_vl2.utils.io import load_pretrained_model
 
+        use_chosen_num_threads()
         loaded = load_pretrained_model(
             options.model_path,
             options.dtype,

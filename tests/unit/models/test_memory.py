@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deepseek_vl2 import nano
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, memory
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, WeightOnlyConfig, memory
 from deepseek_vl2.models.memory import check_memory, checkpoint_bytes
 
 
@@ -36,6 +36,36 @@ def test_too_little_memory_is_said_with_what_would_fit(monkeypatch):
         assert str(caught.value).endswith(
             f"they take {megabytes(whole)} as bfloat16, {megabytes(available)} are available; {way_out}"
         )
+
+
+def test_too_little_memory_for_float32_is_said_with_bfloat16(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: checkpoint_bytes(nano.path()))
+    with pytest.raises(ValueError, match=r"as float32, .* would fit: bfloat16 \(.*\), int8 \(.*\), int4 \("):
+        check_memory(nano.path(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("bits", "way_out"), [(8, "quantise its original to int4"), (4, "no quantisation would fit; take a smaller model")]
+)
+def test_a_quantised_checkpoint_is_called_what_it_is(monkeypatch, tmp_path, bits, way_out):
+    config = WeightOnlyConfig(bits=bits)
+    DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), quantization_config=config).save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    with pytest.raises(ValueError, match=f"as {config.name}, 1.0 MB are available") as caught:
+        check_memory(tmp_path)
+    assert way_out in str(caught.value)
+
+
+def test_from_pretrained_refuses_quantised_weights_that_do_not_fit(monkeypatch):
+    config = WeightOnlyConfig(bits=4, group_size=32)
+    needed = checkpoint_bytes(nano.path(), config)
+    assert needed > 1.05 * checkpoint_bytes(nano.path(), WeightOnlyConfig(bits=4, group_size=128))
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), quantization_config=config)
+    assert sum(tensor.nbytes for tensor in model.state_dict().values()) <= needed
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"not enough memory for the weights in .* as int4"):
+        DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), quantization_config=config, device_map="auto")
 
 
 def test_enough_memory_passes(monkeypatch):

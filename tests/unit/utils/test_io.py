@@ -175,6 +175,7 @@ def checkpoint(tmp_path, monkeypatch):
     fake = types.ModuleType("deepseek_vl2.models")
     fake.DeepseekVLV2Processor, fake.DeepseekVLV2ForCausalLM = FakeProcessor, FakeModel
     fake.check_memory, fake.choose_quantization = lambda *args: None, lambda *args: args
+    fake.check_quantization = lambda *args: None
     fake.checkpoint_bytes, fake.own_quantization = lambda folder: 7, lambda config: None
     fake.WeightOnlyConfig = WeightOnlyConfig
     monkeypatch.setitem(sys.modules, "deepseek_vl2.models", fake)
@@ -334,9 +335,32 @@ def test_a_packed_model_gives_the_same_logits(small_checkpoint):
     torch.testing.assert_close(packed(**inputs).logits, plain(**inputs).logits)
 
 
+def test_what_cannot_be_quantised_or_compiled_is_said_before_anything_is_downloaded(monkeypatch):
+    downloads = []
+    monkeypatch.setattr(io, "snapshot_download", lambda name, **options: downloads.append(name))
+    monkeypatch.setattr("deepseek_vl2.models.compiling.shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match="unknown quantisation 'int3'"):
+        load_pretrained_model("someone/model", device="cpu", quantize="int3")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        load_pretrained_model("someone/model", device="cpu", compile=True)
+    _machine(monkeypatch, 0, True)
+    with pytest.raises(ValueError, match="not possible on 'mps'"):
+        load_pretrained_model("someone/model", device="mps", quantize="int8")
+    assert downloads == []
+
+
+def test_the_type_of_weights_suits_the_device_map(small_checkpoint, monkeypatch):
+    """int8 on the CPU of a machine whose GPU has no bfloat16."""
+    monkeypatch.setattr(io, "resolve_device", lambda device: torch.device("cuda" if device == "auto" else device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    model = load_pretrained_model(small_checkpoint, device_map="cpu", quantize="int8").model
+    assert (model.device.type, model.dtype) == ("cpu", torch.bfloat16)
+
+
 def test_a_model_is_packed_or_compiled(small_checkpoint, monkeypatch):
     compiled = []
     monkeypatch.setattr("deepseek_vl2.models.compiling.compile_towers", compiled.append)
+    monkeypatch.setattr("deepseek_vl2.models.compiling.check_compiler", lambda device_type: None)
     with pytest.raises(ValueError, match="give pack=True or compile=True, not both"):
         load_pretrained_model(small_checkpoint, "float32", "cpu", pack=True, compile=True)
     assert compiled == [load_pretrained_model(small_checkpoint, "float32", "cpu", compile=True).model]
@@ -397,7 +421,7 @@ def test_a_quantization_config_counts_like_the_name(small_checkpoint, monkeypatc
     monkeypatch.setattr("deepseek_vl2.models.check_memory", lambda folder, quantize, dtype: checked.append(quantize))
     by_config = load_pretrained_model(small_checkpoint, device="cpu", quantization_config=config, pack=True).model
     by_name = load_pretrained_model(small_checkpoint, device="cpu", quantize="int8").model
-    assert checked == ["int8", "int8"]
+    assert checked == [config, "int8"]
     assert by_config.dtype == by_name.dtype
     assert all(map(torch.equal, by_config.state_dict().values(), by_name.state_dict().values()))
     with pytest.raises(ValueError, match="quantize='int8' or a quantization_config, not both"):

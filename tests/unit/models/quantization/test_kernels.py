@@ -144,3 +144,10 @@ def test_the_kernels_of_this_torch_pass_on_x86():
         pytest.skip("the processor has neither AVX2 nor AVX-512")
     assert kernels.has_int8_kernel() and kernels.has_int4_kernel()
     assert kernels.machine_block_rows() == {"AVX512": 64, "AVX2": 32}[torch.backends.cpu.get_cpu_capability()]
+
+
+@pytest.mark.parametrize("weight_format", [WeightFormat(8), WeightFormat(4, 64)], ids=str)
+def test_float16_is_refused_also_where_a_model_was_put_into_it_later(weight_format):
+    weight, scales = packing.empty_weight(64, 64, weight_format)
+    with pytest.raises(ValueError, match="do not work in float16"):
+        kernels.linear(torch.ones(2, 64, dtype=torch.float16), weight, scales, weight_format, 64)
