@@ -18,7 +18,7 @@ from benchmarks.results import Figure
 from deepseek_vl2.utils.checkpoint_files import check_weight_files
 from deepseek_vl2.utils.command_line import OneLineParser
 from deepseek_vl2.utils.hardware import THREAD_VARIABLES
-from deepseek_vl2.utils.io import load_pretrained_model, resolve_model_path
+from deepseek_vl2.utils.io import checkpoint_folder, load_pretrained_model, resolve_model_path
 
 GB = 1e9
 # Larger checkpoints are loaded once only.
@@ -48,7 +48,7 @@ def measure_load(options: argparse.Namespace, limits: Limits, num_threads: int, 
     Raises:
         ValueError: Loading failed; the message is the loader's.
     """
-    files = check_weight_files(Path(resolve_model_path(options.model_path)))
+    files = check_weight_files(Path(checkpoint_folder(resolve_model_path(options.model_path))))
     num_loads = 1 if files.num_bytes > LARGE_BYTES else repeats
     loads = [_load_in_a_process(options, num_threads) for _ in range(num_loads)]
     seconds, peak, imported, stored = (

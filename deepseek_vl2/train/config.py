@@ -59,7 +59,12 @@ class TrainConfig:
     )
 
     vision: str = _option(FROZEN, "how the vision tower is trained", choices=(FROZEN, LORA, FULL))
-    projector: str = _option(FROZEN, "how the projector is trained", choices=(FROZEN, FULL))
+    projector: str = _option(
+        FROZEN,
+        "how the projector is trained, and the two vectors for line ends and separator of pictures; "
+        "beside LoRA these two stay frozen: adapters hold layers only",
+        choices=(FROZEN, FULL),
+    )
     language: str = _option(LORA, "how the language model is trained", choices=(FROZEN, LORA, FULL))
     lora_rank: int = _option(16, "rank of LoRA's matrices", low=1)
     lora_alpha: float = _option(32.0, "LoRA's updates are scaled by lora_alpha / lora_rank", above=0)

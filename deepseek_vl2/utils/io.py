@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModel",
+    "checkpoint_folder",
     "dtype_name",
     "load_image",
     "load_json",
@@ -211,7 +212,7 @@ def load_pretrained_model(
         from deepseek_vl2.models.compiling import check_compiler
 
         check_compiler(_kind_of_device(model_options["device_map"]))
-    folder = _checkpoint_folder(resolve_model_path(path))
+    folder = checkpoint_folder(resolve_model_path(path))
     processor = DeepseekVLV2Processor.from_pretrained(folder)
     check_model_type(folder)
     if torch_dtype is None:
@@ -285,7 +286,7 @@ def dtype_name(path: str | os.PathLike[str], device: str | torch.device = "auto"
         ValueError: no such device.
         OSError: the model is not there.
     """
-    chosen = _choose_dtype(_checkpoint_folder(resolve_model_path(path)), device, quantize)
+    chosen = _choose_dtype(checkpoint_folder(resolve_model_path(path)), device, quantize)
     return next(name for name, dtype in DTYPES.items() if dtype == chosen)
 
 
@@ -315,8 +316,18 @@ def _kind_of_device(device_map: Any) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _checkpoint_folder(name_or_folder: str) -> str:
-    """Return a folder that holds config and processor; a hub name is downloaded."""
+def checkpoint_folder(name_or_folder: str) -> str:
+    """Return a folder that holds config and processor; a hub name is downloaded.
+
+    Args:
+        name_or_folder: what `resolve_model_path` gives.
+
+    Raises:
+        FileNotFoundError: there is no such model, or a file is missing.
+        ConnectionError: the hub cannot be reached and the model is not in the cache.
+        PermissionError: the hub wants an agreement first.
+        ValueError: an impossible name.
+    """
     folder = Path(name_or_folder)
     if not folder.is_dir() and not folder.is_absolute():
         folder = Path(_download(name_or_folder))
