@@ -3,6 +3,7 @@
 python inference.py                                        the bundled example, with the bundled model
 python inference.py --image a.jpg --prompt "<|ref|>the red circle<|/ref|>."
 python inference.py --model_path deepseek-ai/deepseek-vl2-tiny --image a.jpg b.jpg --prompt "What differs?"
+python inference.py --image a.jpg --prompt "<|ref|>the star<|/ref|>." --follow_up "What color is it?"
 torchrun --nproc-per-node 2 inference.py --tp --model_path deepseek-ai/deepseek-vl2-small    # one model on two devices
 
 The answer goes to standard output, everything else to standard error. Exit codes: 0; 2 after an error that the user can
@@ -14,6 +15,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from PIL import Image
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.quantization import check_quantization
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
-from deepseek_vl2.serve.grounding import GroundingResult, draw_boxes, read_grounding, save_drawing
+from deepseek_vl2.serve.chat_session import ChatSession
+from deepseek_vl2.serve.grounding import GroundedBox, GroundingResult, draw_boxes, read_grounding, save_drawing
 from deepseek_vl2.serve.inference import MAX_ADVISED_TEMPERATURE, deepseek_generate, load_model, sampling_options
 from deepseek_vl2.serve.questions import DESCRIBE_PICTURE, place_image_marks
 from deepseek_vl2.serve.streaming import AnswerStream
@@ -59,6 +63,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--prompt", help=f"the question; {IMAGE} marks the places of the pictures, which stand in front otherwise"
     )
     parser.add_argument(
+        "--follow_up",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="QUESTION",
+        help="asked after the answer, in the same conversation; the pictures are not read again",
+    )
+    parser.add_argument(
         "--chunk_size", type=int, default=-1, help="tokens to prefill at once, for less memory; default -1: all"
     )
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length of the answer; default: 512")
@@ -89,10 +101,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is loaded.
 
     Raises:
-        ValueError: If a number is out of range, the device is not there, or the output cannot be written.
+        ValueError: If a number is out of range, a question is empty, the device is not there, or the output cannot be
+            written.
     """
     sampling_options(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.repetition_penalty)
     check_chunk_size(arguments.chunk_size)
+    for follow_up in arguments.follow_up:
+        if not follow_up.strip():
+            raise ValueError("--follow_up is empty: ask something, or leave it out")
+        place_image_marks(follow_up, 0)
     if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
         raise ValueError(f"--seed {arguments.seed} must be 0 to {MAX_SEED}")
     device = resolve_device(arguments.device)
@@ -143,11 +160,53 @@ def build_conversation(prompt: str | None, images: list[str] | None) -> list[dic
     return [{"role": USER, "content": prompt, "images": pictures}, {"role": ASSISTANT, "content": ""}]
 
 
-def save_boxes(grounding: GroundingResult, picture: Image.Image | None, path: Path) -> Path | None:
-    """Draws the boxes on a picture; returns where it was saved, None without boxes or picture."""
-    if not grounding.boxes or picture is None or not is_first_process():
+def save_boxes(boxes: Sequence[GroundedBox], picture: Image.Image | None, path: Path) -> Path | None:
+    """Draws boxes on a picture; returns where it was saved, None without boxes or picture."""
+    if not boxes or picture is None or not is_first_process():
         return None
-    return save_drawing(draw_boxes(picture, grounding.boxes), path, quality=95)
+    return save_drawing(draw_boxes(picture, boxes), path, quality=95)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model has said to one question.
+
+    Attributes:
+        text: With the special tokens of grounding.
+        grounding: What it says of places.
+        stream: How it came.
+        seconds: How long that took.
+    """
+
+    text: str
+    grounding: GroundingResult
+    stream: AnswerStream
+    seconds: float
+
+    def to_dict(self, picture: Image.Image | None) -> dict[str, Any]:
+        """For `--json`; with the picture, boxes also in its pixels."""
+        return {
+            "answer": self.text,
+            "boxes": [box.to_dict(picture.size if picture else None) for box in self.grounding.boxes],
+            "problems": self.grounding.problems,
+            "is_cut_off": self.stream.is_cut_off,
+            "prompt_tokens": self.stream.num_prompt_tokens,
+            "image_tokens": self.stream.num_image_tokens,
+            "new_tokens": self.stream.num_new_tokens,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def read_out(stream: AnswerStream, is_shown: bool) -> str:
+    """The whole answer; shown as it comes if that is wanted."""
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        if is_shown:
+            print(piece, end="", flush=True)
+    if is_shown:
+        print(flush=True)
+    return "".join(pieces)
 
 
 def warn(message: str) -> None:
@@ -187,50 +246,41 @@ def answer(arguments: argparse.Namespace) -> None:
     seed = common_seed(arguments.seed, model.device)
     if seed is not None:
         torch.manual_seed(seed)
-    start = time.perf_counter()
-    stream = deepseek_generate(
-        conversation,
-        model,
-        processor,
-        tokenizer,
-        max_length=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        repetition_penalty=arguments.repetition_penalty,
-        chunk_size=arguments.chunk_size,
-    )
-    pieces = []
-    for piece in stream:
-        pieces.append(piece)
-        if not arguments.json:
-            print(piece, end="", flush=True)
-    seconds = time.perf_counter() - start
-    text = "".join(pieces)
-    if not arguments.json:
-        print(flush=True)
-    warn_about_length(stream, arguments.max_new_tokens)
-    grounding = read_grounding(text)
-    saved = save_boxes(grounding, picture, arguments.output)
+    # Keeps what was read for the questions that follow.
+    known: dict[str, Any] = {"memory": ChatSession(model, processor).memory} if arguments.follow_up else {}
+    answers: list[Answer] = []
+    for follow_up in (None, *arguments.follow_up):
+        if follow_up is not None:
+            conversation[-1]["content"] = answers[-1].text
+            conversation += [{"role": USER, "content": follow_up}, {"role": ASSISTANT, "content": ""}]
+        start = time.perf_counter()
+        stream = deepseek_generate(
+            conversation,
+            model,
+            processor,
+            tokenizer,
+            max_length=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+            chunk_size=arguments.chunk_size,
+            **known,
+        )
+        text = read_out(stream, is_shown=not arguments.json)
+        answers.append(Answer(text, read_grounding(text), stream, time.perf_counter() - start))
+        warn_about_length(stream, arguments.max_new_tokens)
+    boxes = [box for given in answers for box in given.grounding.boxes]
+    saved = save_boxes(boxes, picture, arguments.output)
     if arguments.json:
-        document = {
-            "answer": text,
-            "boxes": [box.to_dict(picture.size if picture else None) for box in grounding.boxes],
-            "problems": grounding.problems,
-            "is_cut_off": stream.is_cut_off,
-            "output": str(saved) if saved else None,
-            "model": arguments.model_path,
-            "prompt_tokens": stream.num_prompt_tokens,
-            "image_tokens": stream.num_image_tokens,
-            "new_tokens": stream.num_new_tokens,
-            "seconds": round(seconds, 3),
-        }
-        print(json.dumps(document, ensure_ascii=False))
+        documents = [given.to_dict(picture) for given in answers]
+        document = documents[0] | {"output": str(saved) if saved else None, "model": arguments.model_path}
+        print(json.dumps(document | ({"follow_ups": documents[1:]} if arguments.follow_up else {}), ensure_ascii=False))
         return
-    for problem in grounding.problems:
-        warn(problem)
+    for given in answers:
+        for problem in given.grounding.problems:
+            warn(problem)
     if saved:
-        count = len(grounding.boxes)
-        print(f"The picture with {count} box{'es' if count > 1 else ''} is saved as {saved}.")
+        print(f"The picture with {len(boxes)} box{'es' if len(boxes) > 1 else ''} is saved as {saved}.")
 
 
 def main(arguments: list[str] | None = None) -> int:

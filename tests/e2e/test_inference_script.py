@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -395,6 +396,38 @@ def test_a_hub_name_without_a_network(run):
     start = time.monotonic()
     failed(run(model="deepseek-ai/deepseek-vl2-tiny"), "the Hugging Face hub cannot be reached", "'nano'")
     assert time.monotonic() - start < 60
+
+
+def test_questions_that_follow_are_answered_in_the_same_conversation(repository, tmp_path):
+    questions = ("--follow_up", "What color is it?", "How many stars are there?")
+    done = program(repository, "--json", *questions, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    color, count = document["follow_ups"]
+    assert intersection_over_union(document["boxes"][0]["pixels"], star_of(repository)) >= 0.5
+    assert "red" in color["answer"].lower() and color["boxes"] == []
+    assert re.search(r"\d", count["answer"])
+    assert document["prompt_tokens"] < color["prompt_tokens"] < count["prompt_tokens"]
+    assert color["image_tokens"] == document["image_tokens"]
+
+
+def test_questions_that_follow_share_what_was_read(run, says, repository):
+    picture = repository / "images" / EXAMPLE
+    done = run("--image", str(picture), "--prompt", "Where?", "--follow_up", "And then?", "Why?")
+    assert done.code == 0
+    assert done.out.splitlines()[:-1] == [says.text] * 3
+    memories = {id(options["memory"]) for _, options in says.calls}
+    assert (len(says.calls), len(memories)) == (3, 1)
+    contents = [message["content"] for message in says.calls[-1][0]]
+    assert contents == ["<image>\nWhere?", says.text, "And then?", says.text, "Why?", ""]
+    assert "with 3 boxes" in done.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"), [(" ", "--follow_up is empty"), ("<image> Why?", "1 <image> mark(s) for 0")]
+)
+def test_bad_questions_that_follow(run, question, message):
+    failed(run("--follow_up", question), message)
 
 
 def test_an_address_where_nobody_listens(run):
