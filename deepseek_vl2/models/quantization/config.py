@@ -11,11 +11,13 @@ METHOD = "deepseek_vl2_weight_only"
 QUANTIZATIONS = {"int8": 8, "int4": 4}
 GROUP_SIZES = (32, 64, 128)
 # How weights lie in checkpoints, see `packing`. A change of the layout, or of which layers have 8 bits, raises it.
-LAYOUT_VERSION = 2
-# Layers that keep 8 bits in an int4 model: the output of attention, the feed-forward layers without experts, and the
-# projector. All tokens pass them one after the other; with a hundredth of the weights they would bring in most of the
-# error.
-_EIGHT_BIT_LAYERS = re.compile(r"(^|\.)(o_proj|mlp\.(gate|up|down)_proj|projector\..+)(\.|$)")
+LAYOUT_VERSION = 3
+# Layers that keep 8 bits in an int4 model: queries, keys and output of the language model's attention, the feed-forward
+# layers without experts, and the projector. All tokens pass them one after the other; with a fiftieth of the weights
+# they would bring in most of the error.
+_EIGHT_BIT_LAYERS = re.compile(
+    r"(^|\.)((q|q_a|q_b|k|o)_proj|kv_a_proj_with_mqa|mlp\.(gate|up|down)_proj|projector\..+)(\.|$)"
+)
 
 
 @dataclass(frozen=True)

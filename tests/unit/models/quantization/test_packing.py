@@ -149,7 +149,10 @@ def test_format_of_a_width(bits, group_size, num_inputs, expected):
     [
         ("language.model.layers.3.self_attn.o_proj", 8),
         ("language.model.layers.3.self_attn.o_proj.weight", 8),
-        ("language.model.layers.3.self_attn.q_proj", 4),
+        ("language.model.layers.3.self_attn.q_proj", 8),
+        ("language.model.layers.3.self_attn.k_proj.weight", 8),
+        ("language.model.layers.3.self_attn.kv_a_proj_with_mqa", 8),
+        ("language.model.layers.3.self_attn.v_proj", 4),
         ("language.model.layers.0.mlp.down_proj.weight", 8),
         ("model.layers.0.mlp.gate_proj", 8),
         ("language.model.layers.1.mlp.shared_experts.gate_proj", 4),
