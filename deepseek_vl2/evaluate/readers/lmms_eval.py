@@ -124,7 +124,7 @@ def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Ma
     """
     answer = first_of(document, "answers", "answer", "label")
     target = texts(first_of(fields, "target"))
-    if target and all(answer in options for answer in target):
+    if target and all(text in options for text in target):
         return target
     letters = string.ascii_uppercase if listed(first_of(document, "options", "choices")) else ""
     counts = isinstance(answer, int) or bool(listed(document.get("options")))
