@@ -22,6 +22,7 @@ from .quantization import (
     own_quantization,
     register_quantization,
 )
+from .widening import narrower_stored_dtype, widen
 
 __all__ = [
     "DeepseekV2Config",
@@ -33,7 +34,9 @@ __all__ = [
     "check_quantization",
     "checkpoint_bytes",
     "choose_quantization",
+    "narrower_stored_dtype",
     "own_quantization",
+    "widen",
 ]
 
 AutoConfig.register(DeepseekVLV2Config.model_type, DeepseekVLV2Config, exist_ok=True)

@@ -187,6 +187,8 @@ def load_pretrained_model(
         check_memory,
         check_quantization,
         choose_quantization,
+        narrower_stored_dtype,
+        widen,
     )
 
     torch_dtype = None if dtype is None else resolve_dtype(dtype)
@@ -228,8 +230,13 @@ def load_pretrained_model(
     if quantize is not None:
         kind = _kind_of_device(model_options["device_map"])
         model_options["quantization_config"] = choose_quantization(quantize, kind, config)
+    wide_dtype = None
     if _is_on_cpu(model_options["device_map"]):
         check_memory(folder, held_as, torch_dtype)
+        if isinstance(torch_dtype, torch.dtype) and held_as is None and given is None:
+            stored_dtype = narrower_stored_dtype(Path(folder), torch_dtype)
+            if stored_dtype is not None:
+                torch_dtype, wide_dtype = stored_dtype, torch_dtype
     try:
         loaded: Any = DeepseekVLV2ForCausalLM.from_pretrained(
             folder,
@@ -250,6 +257,8 @@ def load_pretrained_model(
         ) from error
     model, info = loaded
     _check_loading(info, folder)
+    if wide_dtype is not None:
+        widen(model, wide_dtype)
     if adapter is not None:
         model = merge_adapter(model, adapter)
     model.eval()

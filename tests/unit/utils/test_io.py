@@ -178,6 +178,7 @@ def checkpoint(tmp_path, monkeypatch):
     fake.check_quantization = lambda *args: None
     fake.checkpoint_bytes, fake.own_quantization = lambda folder: 7, lambda config: None
     fake.WeightOnlyConfig = WeightOnlyConfig
+    fake.narrower_stored_dtype, fake.widen = lambda folder, dtype: None, None
     monkeypatch.setitem(sys.modules, "deepseek_vl2.models", fake)
     monkeypatch.setattr(FakeModel, "info", {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
     for name in ("config.json", "processor_config.json", "tokenizer.json"):
