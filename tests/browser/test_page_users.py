@@ -48,15 +48,18 @@ def test_stop_during_prefill_frees_the_model_at_once(visit, demo, slow_model, im
     visitor.send(DESCRIBE, images / "visual_grounding_1.jpeg")
     wait_until(lambda: demo.engine.num_running == 1)
     assert visitor.page.locator("#chat .message.bot:not(.html)").count() == 0
+    visitor.textarea.fill("And then?")  # written while waiting
     visitor.page.locator("#question .stop-button").click()
     wait_until(lambda: demo.engine.num_running == 0, timeout=12)  # the first token would take 15 s
     visitor.page.wait_for_selector("#question .submit-button")
     slow_model.stop()
-    # The question comes back with its picture, and there is no turn without an answer.
-    visitor.page.wait_for_function(f"document.querySelector('#question textarea').value === {DESCRIBE!r}")
+    # The question comes back with its picture, the draft stays below it, and there is no turn without an answer.
+    both = DESCRIBE + "\nAnd then?"
+    visitor.page.wait_for_function(f"document.querySelector('#question textarea').value === {both!r}")
     assert visitor.thumbnails.count() == 1
     assert visitor.page.locator("#chat .message").count() == 0
     visitor.shoot("stopped_before_the_first_word")
+    visitor.textarea.fill(DESCRIBE)
     visitor.textarea.press("Enter")
     visitor.wait_for_answers(1)
     assert "<|det|>" not in visitor.last_words and visitor.last_words

@@ -185,15 +185,16 @@ class Demo:
             "show_progress": "hidden",
         }
         values = list(self.settings.values())
-        self.question.submit(self.ask, [self.question, *values], **answering)
+        at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
+        give_back: dict[str, Any] = {**at_once, "fn": self.give_back, "inputs": self.question, "outputs": self.question}
+        self.question.submit(self.ask, [self.question, *values], **answering).then(**give_back)
         self.chat.example_select(self.ask_example, values, **answering)
         self.chat.retry(self.regenerate, values, **answering)
-        self.chat.edit(self.ask_edited, values, **answering)
-        at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
+        self.chat.edit(self.ask_edited, values, **answering).then(**give_back)
         self.question.stop(self.stop, None, None, **at_once)
         # Through the queue, as the answers: what it sends arrives in the order in which it was sent.
         in_turn: dict[str, Any] = {**answering, "outputs": [self.chat, self.status, self.question]}
-        self.chat.undo(self.take_back, None, **in_turn)
+        self.chat.undo(self.take_back, self.question, **in_turn)
         gr.on([self.new.click, self.chat.clear], self.start_anew, None, **in_turn)
         labelled = [self.heading, self.new, self.language, self.theme, self.model_state, self.chat, self.question]
         labelled += [self.accordion, *values]
@@ -253,20 +254,24 @@ class Demo:
         await session.all_is_shown.wait()
         return rendering.chat_messages(session), "", _idle_box(value=None)
 
-    async def take_back(self, request: gr.Request) -> tuple[Any, str, Any]:
-        """Remove the last turn and give its question back, to be changed."""
+    async def take_back(self, request: gr.Request, draft: Any) -> tuple[Any, str, Any]:
+        """Remove the last turn and give its question back, to be changed; what somebody is writing stays below it."""
         session = self._session(request)
         self._end(session)
         turn = session.remove_last()
         await session.all_is_shown.wait()
-        box = _idle_box(value=_as_input(turn.question)) if turn else gr.update()
+        box = _idle_box(value=_before_draft(turn.question, draft)) if turn else gr.update()
         return rendering.chat_messages(session), "", box
+
+    def give_back(self, request: gr.Request, draft: Any) -> Any:
+        """Put a question that got no answer into the text box again, above what was written there meanwhile."""
+        session = self._session(request)
+        question, session.unanswered = session.unanswered, None
+        return gr.skip() if question is None else _before_draft(question, draft)
 
     async def ask(self, request: gr.Request, message: Any, *values: Any) -> AsyncIterator[Any]:
         """Answer what is in the text box."""
-        message = message or {}
-        question = Question(message.get("text") or "", tuple(message.get("files") or ()))
-        async for output in self._converse(question, values, request, is_draft=True, gives_back=True):
+        async for output in self._converse(_question(message), values, request, is_draft=True, gives_back=True):
             yield output
 
     async def ask_example(self, request: gr.Request, event: gr.SelectData, *values: Any) -> AsyncIterator[Any]:
@@ -313,7 +318,7 @@ class Demo:
             start: the turns from there on give way to this one; they come back if it gets no answer.
             is_draft: whether the question is the one in the text box, which is emptied; what somebody is writing there
                 stays otherwise.
-            gives_back: whether a question without an answer goes into the text box, not to be lost.
+            gives_back: whether `give_back` is to put a question without an answer into the text box, not to be lost.
         """
         session = self._session(request)
 
@@ -338,13 +343,14 @@ class Demo:
                 failure = _failure(job)
             finally:  # also when the user has gone
                 is_withdrawn = self._finish(session, turn, job, replaced)
-            box = _idle_box(value=_as_input(question)) if is_withdrawn and gives_back else _idle_box()
+            if is_withdrawn and gives_back:
+                session.unanswered = question
             notice = ""
             if failure is not None:
                 notice = rendering.error_line(self._describe(failure, session.language))
             elif settings.temperature > _HOT:
                 notice = rendering.notice_line(text("hot", session.language, limit=_HOT))
-            yield shown(notice, box)
+            yield shown(notice, _idle_box())
             yield _NOTHING_NEW
         finally:
             is_shown.set()
@@ -494,8 +500,7 @@ class Demo:
     ) -> AsyncIterator[dict[str, Any]]:
         """Answer a question for a program: first the words as they come, in the end everything."""
         session = self._session(request)
-        message = message or {}
-        question = Question(message.get("text") or "", tuple(message.get("files") or ()))
+        question = _question(message)
         values = (
             temperature,
             top_p,
@@ -569,8 +574,17 @@ def _idle_box(**changes: Any) -> Any:
     return gr.update(submit_btn=True, stop_btn=False, **changes)
 
 
-def _as_input(question: Question | None) -> dict[str, Any] | None:
-    return {"text": question.text, "files": list(question.pictures)} if question else None
+def _question(message: Any) -> Question:
+    """What stands in a text box."""
+    message = message or {}
+    return Question(message.get("text") or "", tuple(message.get("files") or ()))
+
+
+def _before_draft(question: Question, draft: Any) -> dict[str, Any]:
+    """Content of a text box: a question, and below it what stands there already."""
+    written = _question(draft)
+    texts = [part for part in (question.text, written.text) if part]
+    return {"text": "\n".join(texts), "files": [*question.pictures, *written.pictures]}
 
 
 def _message_number(index: Any) -> int:

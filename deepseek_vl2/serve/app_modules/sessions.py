@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from deepseek_vl2.serve.app_modules.conversation import Turn
+from deepseek_vl2.serve.app_modules.conversation import Question, Turn
 from deepseek_vl2.serve.app_modules.engine import Job
 from deepseek_vl2.serve.app_modules.texts import ENGLISH
 
@@ -27,6 +27,7 @@ class Session:
         turns: the conversation.
         num_left_out: turns at its beginning that had no room once; they are not tried again.
         job: the answer that is being made.
+        unanswered: a question that got no answer and has yet to go back into the text box.
         all_is_shown: set as soon as the page has been sent all of the last answer; what is sent before might be
             overtaken.
         language: of the page.
@@ -37,6 +38,7 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     num_left_out: int = 0
     job: Job | None = None
+    unanswered: Question | None = None
     all_is_shown: asyncio.Event = field(default_factory=_is_set)
     language: str = ENGLISH
     file_address: str = "gradio_api/file="

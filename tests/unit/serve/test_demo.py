@@ -133,8 +133,28 @@ def test_a_question_that_is_stopped_in_the_queue_comes_back_with_its_pictures(de
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     message = {"text": "what?", "files": [str(tmp_path / "a.png")]}
     shown = outputs_of(demo.ask(A, message, *VALUES.values()), meanwhile=lambda: demo.stop(A))
-    assert box_values(shown) == [None, message]
+    assert box_values(shown) == [None]
+    assert demo.give_back(A, None) == message
+    assert demo.give_back(A, None) == gr.skip()  # once
     assert demo.sessions.get("a").turns == []
+
+
+def test_a_question_comes_back_above_what_was_written_meanwhile(demo, session, queue, outputs_of, run_async, tmp_path):
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path)
+    draft = {"text": "and then?", "files": paths[1:]}
+    both = {"text": "what?\nand then?", "files": paths}
+    message = {"text": "what?", "files": paths[:1]}
+    outputs_of(demo.ask(A, message, *VALUES.values()), meanwhile=lambda: demo.stop(A))
+    assert demo.give_back(A, draft) == both
+    session.turns.append(Turn(Question("what?", (paths[0],)), said("two")))
+    *_, box = run_async(demo.take_back(A, draft))
+    assert box["value"] == both
+    *_, box = run_async(demo.take_back(A, {"text": "", "files": []}))
+    assert box["value"] == {"text": "first", "files": []}
+    *_, box = run_async(demo.take_back(A, draft))  # nothing is left to take back
+    assert "value" not in box
 
 
 def test_what_was_there_comes_back_when_its_repetition_is_stopped(demo, session, queue, outputs_of):
@@ -143,10 +163,12 @@ def test_what_was_there_comes_back_when_its_repetition_is_stopped(demo, session,
     before = list(session.turns)
     shown = outputs_of(demo.regenerate(A, *VALUES.values()), meanwhile=lambda: demo.stop(A))
     assert (session.turns, session.num_left_out, box_values(shown)) == (before, 1, [])
+    assert demo.give_back(A, None) == gr.skip()
     edited = demo.ask_edited(A, SimpleNamespace(index=0, value="other"), *VALUES.values())
     shown = outputs_of(edited, meanwhile=lambda: demo.stop(A))
     assert (session.turns, session.num_left_out) == (before, 1)
-    assert box_values(shown) == [{"text": "other", "files": []}]
+    assert box_values(shown) == []
+    assert demo.give_back(A, None) == {"text": "other", "files": []}
     assert session.marked.exists()
 
 
@@ -155,15 +177,18 @@ def test_a_new_conversation_in_the_meantime_stays_empty(demo, session, queue, ou
     assert (session.turns, box_values(shown), session.marked.exists()) == ([], [], False)
     shown = outputs_of(demo.ask(A, {"text": "what?"}, *VALUES.values()), meanwhile=lambda: demo.start_anew(A))
     assert box_values(shown) == [None]
+    assert demo.give_back(A, None) == gr.skip()
 
 
 def test_a_question_that_fails_comes_back_but_an_example_leaves_a_draft_alone(demo, monkeypatch, outputs_of):
     shown = outputs_of(demo.ask(A, {"text": "bad"}, *VALUES.values()))
-    assert box_values(shown) == [None, {"text": "bad", "files": []}]
+    assert box_values(shown) == [None]
+    assert demo.give_back(A, None) == {"text": "bad", "files": []}
     assert "no such thing" in shown[-1][1]
     for text in ("good", "bad"):
         monkeypatch.setattr(demo, "_examples", [demo._examples[0]._replace(prompt=text)])
         assert box_values(outputs_of(demo.ask_example(A, SimpleNamespace(index=0), *VALUES.values()))) == []
+        assert demo.give_back(A, {"text": "draft"}) == gr.skip()
 
 
 def test_the_end_does_not_wait_for_a_load_under_way(parrot):
@@ -252,7 +277,7 @@ def test_nobody_without_a_session_shares_a_conversation(demo, address, parrot, r
     assert [len(request.turns) for request in parrot.requests] == [0, 0, 0, 1]
     for key in (None, ""):
         with pytest.raises(Error, match="no session_hash"):
-            run_async(demo.take_back(SimpleNamespace(session_hash=key)))
+            run_async(demo.take_back(SimpleNamespace(session_hash=key), None))
 
 
 def test_what_is_no_message_is_not_logged(address, capfd):
