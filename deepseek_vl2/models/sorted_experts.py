@@ -35,15 +35,17 @@ class SortedExperts(nn.Module):
     ) -> torch.Tensor:
         """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
         order = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        hit = [expert for expert, count in enumerate(counts) if count]
+        sizes = [counts[expert] for expert in hit]
+
+        def project(rows: torch.Tensor, name: str) -> torch.Tensor:
+            parts = zip(hit, rows.split(sizes), strict=True)
+            return torch.cat([self.project(part, name, expert) for expert, part in parts])
+
         rows = hidden_states[order // top_k_index.shape[1]]  # [N * k, D], those of one expert beside each other
-        outputs = torch.empty_like(rows)
-        start = 0
-        for expert, count in enumerate(top_k_index.flatten().bincount(minlength=self.num_experts).tolist()):
-            if count:
-                part = slice(start, start + count)
-                gate, up = self.project(rows[part], "gate_up_proj", expert).chunk(2, dim=-1)
-                outputs[part] = self.project(self.act_fn(gate) * up, "down_proj", expert)
-                start += count
+        gate, up = project(rows, "gate_up_proj").chunk(2, dim=-1)
+        outputs = project(self.act_fn(gate) * up, "down_proj")
         outputs = torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, top_k_index.shape)
         # Weights are float32, and so is the sum over the experts of a token.
         return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
