@@ -33,18 +33,24 @@ MAX_GAP = 400
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; of batches that were learnt twice after a stop the last.
+    """The lines of a log, round by round; of batches that were learnt twice after a stop the last.
+
+    Logs of earlier editions do not tell rounds apart.
 
     Raises:
         ValueError: If the file holds no lines of a training.
     """
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    lines: dict[tuple[int, int, int], dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        lines[line["stage"], line["batch"]] = line
+        line = {"round": 1} | json.loads(text)
+        lines[line["round"], STAGES.index(line["stage"]), line["batch"]] = line
     if not lines:
         raise ValueError(f"{path} holds no lines of a training")
-    return sorted(lines.values(), key=lambda line: (STAGES.index(line["stage"]), line["batch"]))
+    return [lines[position] for position in sorted(lines)]
+
+
+def _part(line: dict[str, Any]) -> tuple[int, str]:
+    return line["round"], line["stage"]
 
 
 def smoothed(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -78,17 +84,18 @@ def draw_curves(log: Path, output: Path) -> None:
     from matplotlib import pyplot
 
     lines = read_log(log)
-    starts, place = {}, 0
-    for stage in dict.fromkeys(line["stage"] for line in lines):  # a grown edition leaves stages out
-        starts[stage] = place
-        place += max(line["batch"] for line in lines if line["stage"] == stage)
+    starts: dict[tuple[int, str], int] = {}
+    place = 0
+    for part in dict.fromkeys(_part(line) for line in lines):  # a grown edition leaves stages out
+        starts[part] = place
+        place += max(line["batch"] for line in lines if _part(line) == part)
     for line in lines:
-        line["place"] = starts[line["stage"]] + line["batch"]
+        line["place"] = starts[_part(line)] + line["batch"]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
     for axis, names, title in ((axes[0], ANSWERS, "Answers"), (axes[1], TOKENS, "What image tokens say they see")):
         for name, label in names.items():
             axis.plot(*smoothed(lines, name), label=label, linewidth=1.4)
-        for number, (stage, start) in enumerate(starts.items()):
+        for number, ((_, stage), start) in enumerate(starts.items()):
             axis.axvline(start, color="0.8", linewidth=0.8)
             height = 0.99 - 0.04 * (number % 2)  # names of short stages would overlap
             axis.text(

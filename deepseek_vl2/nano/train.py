@@ -63,7 +63,9 @@ FLAGS = ("is_center", "is_marked")
 STAGES = ("views", "letters", "answers", "together", "counting", "print", "reading", "finish", "counts")
 # Stages whose batches are views without questions.
 VIEW_STAGES = ("views", "letters", "print")
-# Its last weights and those of the end are averaged: their mean answers better than either.
+# They may be gone through in several rounds, each from the mean of the weights that the one before ended with.
+REPEATED_STAGES = ("print", "reading", "finish", "counts")
+# Its last weights and those of the round's end are averaged: their mean answers better than either.
 AVERAGED_STAGE = "finish"
 LOG_EVERY = 20
 # Beside the losses on image tokens.
@@ -194,8 +196,10 @@ class TrainingSettings:
             kind the same. The tower, which sees them by now, is fixed.
         print: Tower and projector learn print once more, and stay the same for the language model beside it.
         reading: Projector and language model learn answers again, above all about print.
-        finish: Everything learns answers, above all to count: print has blurred what the tower tells of objects.
+        finish: Everything learns answers, above all to count: print has blurred what the tower tells of objects. In
+            later rounds it has been blurred less, and the tower is fixed.
         counts: Projector and language model learn answers once more, most of them counts.
+        later_batches: Lengths of `REPEATED_STAGES` in the rounds after the first.
         tokens_a_row: Tokens of questions and answers of each row.
         dense_weight: Weight of the losses on what tokens see, beside that of answers.
         coordinate_spread: Standard deviation, in 1/1000 of the picture, of the targets of coordinates.
@@ -231,6 +235,9 @@ class TrainingSettings:
     )
     counts: StageSettings = field(
         default_factory=lambda: _finishing_stage(270, LAST_SCENE_KINDS, 1.1e-3, 0.75e-3, 200.0)
+    )
+    later_batches: dict[str, int] = field(
+        default_factory=lambda: {"print": 650, "reading": 420, "finish": 380, "counts": 260}
     )
     tokens_a_row: int = 160
     dense_weight: float = 0.3
@@ -269,6 +276,7 @@ class TrainingSettings:
         stages = {name: getattr(self, name) for name in STAGES}
         return replace(
             self,
+            later_batches={name: max(1, round(batches * share)) for name, batches in self.later_batches.items()},
             **{
                 name: replace(
                     stage,
@@ -290,11 +298,13 @@ class NanoTrainer:
     Args:
         settings: All numbers.
         folder: Where states and the log are kept; a state found there is gone on from.
+        num_rounds: How often `REPEATED_STAGES` are gone through; one that has ended goes on with a higher number.
     """
 
-    def __init__(self, settings: TrainingSettings, folder: Path) -> None:
+    def __init__(self, settings: TrainingSettings, folder: Path, num_rounds: int = 1) -> None:
         self.settings = settings
         self.folder = folder
+        self.num_rounds = num_rounds
         self.processor: DeepseekVLV2Processor = nano_processor()
         tokenizer = self.processor.tokenizer
         self.model: DeepseekVLV2ForCausalLM = untrained_nano(tokenizer, settings.seed).train()
@@ -319,8 +329,9 @@ class NanoTrainer:
             self.model.language.model.layers[layer].register_forward_hook(partial(self._keep_states, layer))
         # The tower and the projector as the language model knows them, see `TrainingSettings.print`.
         self.earlier: nn.ModuleDict | None = None
-        # What the model was at the end of `AVERAGED_STAGE`.
-        self.averaged: dict[str, torch.Tensor] | None = None
+        # What model and heads were at the end of this round's `AVERAGED_STAGE`.
+        self.averaged: dict[str, dict[str, torch.Tensor]] | None = None
+        self.round = 1
         self.stage_index = 0
         self.next_batch = 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -332,8 +343,9 @@ class NanoTrainer:
 
     @property
     def stage_settings(self) -> StageSettings:
-        """Numbers of the present stage."""
-        return getattr(self.settings, self.stage)
+        """Numbers of the present stage in the present round."""
+        numbers: StageSettings = getattr(self.settings, self.stage)
+        return numbers if self.round == 1 else replace(numbers, num_batches=self.settings.later_batches[self.stage])
 
     def _keep_states(self, layer: int, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.states[layer] = output
@@ -352,7 +364,7 @@ class NanoTrainer:
                 "counting": not is_tower,
                 "print": not is_language,
                 "reading": not is_tower,
-                "finish": True,
+                "finish": self.round == 1 or not is_tower,
                 "counts": not is_tower,
             }[self.stage]
             parameter.requires_grad_(is_learning)
@@ -441,6 +453,7 @@ class NanoTrainer:
         """Writes everything that going on needs; the file is complete or not there at all."""
         state = {
             "settings": asdict(self.settings),
+            "round": self.round,
             "stage_index": self.stage_index,
             "next_batch": self.next_batch,
             "model": self.model.state_dict(),
@@ -470,7 +483,7 @@ class NanoTrainer:
             raise ValueError(
                 f"{path} was written with other settings: {state['settings']}. Choose another folder, or remove it."
             )
-        self.stage_index, self.next_batch = state["stage_index"], state["next_batch"]
+        self.round, self.stage_index, self.next_batch = state["round"], state["stage_index"], state["next_batch"]
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.averaged = state["averaged"]
@@ -482,11 +495,20 @@ class NanoTrainer:
         logger.info("going on at batch %d of stage %r", self.next_batch, self.stage)
 
     def final_weights(self) -> dict[str, torch.Tensor]:
-        """The mean of the present weights and of those at the end of `AVERAGED_STAGE`, if that has passed."""
-        weights = self.model.state_dict()
+        """The mean of the present weights and of those at the end of this round's `AVERAGED_STAGE`, once it is over."""
+        return self._mean_weights()["model"]
+
+    def _present_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
+
+    def _mean_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        present = self._present_weights()
         if self.averaged is None:
-            return weights
-        return {name: (self.averaged[name] + tensor) / 2 for name, tensor in weights.items()}
+            return present
+        return {
+            part: {name: (self.averaged[part][name] + tensor) / 2 for name, tensor in weights.items()}
+            for part, weights in present.items()
+        }
 
     def save_checkpoint(self, folder: Path) -> None:
         """Writes `final_weights` in bfloat16 and the processor, as `from_pretrained` loads them."""
@@ -499,7 +521,7 @@ class NanoTrainer:
         """The stage's batches from the present one on, drawn by a second process ahead of need."""
         settings = self.stage_settings
         dataset: Dataset
-        split = f"{TRAIN_SPLIT}-{self.stage}"
+        split = f"{TRAIN_SPLIT}-{self.stage}" + (f"-{self.round}" if self.round > 1 else "")
         if self.stage in VIEW_STAGES:
             dataset = ViewBatches(self.processor, settings.num_batches, settings.batch_size, settings.page_share, split)
         else:
@@ -527,15 +549,28 @@ class NanoTrainer:
         torch.set_num_threads(self.settings.num_threads)
         self.load_state()
         with (self.folder / "log.jsonl").open("a") as log:
-            while True:
-                self._run_stage(log)
-                if self.stage_index + 1 == len(STAGES):
-                    break
-                if self.stage == AVERAGED_STAGE:
-                    self.averaged = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-                self.stage_index, self.next_batch = self.stage_index + 1, 0
-                self._enter_stage()
+            self._run_stage(log)
+            while self._has_next_stage():
+                self._go_to_next_stage()
                 self.save_state()
+                self._run_stage(log)
+
+    def _has_next_stage(self) -> bool:
+        return self.stage_index + 1 < len(STAGES) or self.round < self.num_rounds
+
+    def _go_to_next_stage(self) -> None:
+        if self.stage == AVERAGED_STAGE:
+            self.averaged = copy.deepcopy(self._present_weights())
+        if self.stage_index + 1 < len(STAGES):
+            self.stage_index += 1
+        else:
+            mean = self._mean_weights()
+            self.model.load_state_dict(mean["model"])
+            self.heads.load_state_dict(mean["heads"])
+            self.averaged = None
+            self.round, self.stage_index = self.round + 1, STAGES.index(REPEATED_STAGES[0])
+        self.next_batch = 0
+        self._enter_stage()
 
     def _run_stage(self, log: Any) -> None:
         start = time.monotonic()
@@ -545,7 +580,7 @@ class NanoTrainer:
                 metrics = self.step(batch)
                 bar.update()
                 if self.next_batch % LOG_EVERY == 0:
-                    position = {"stage": self.stage, "batch": self.next_batch}
+                    position = {"round": self.round, "stage": self.stage, "batch": self.next_batch}
                     line = position | {"seconds": round(time.monotonic() - start, 1)} | metrics
                     log.write(json.dumps(line) + "\n")
                     log.flush()

@@ -27,6 +27,18 @@ def test_batches_learnt_twice_count_once_and_stages_come_in_order(tmp_path):
     assert read[0]["dense_boxes"] == 4.0
 
 
+def test_rounds_come_one_after_the_other(tmp_path):
+    positions = [(2, "print", 20), (1, "counts", 20), (2, "finish", 20), (1, "print", 20)]
+    lines = [{"round": number, "stage": stage, "batch": batch} for number, stage, batch in positions]
+    read = read_log(write_log(tmp_path / "log.jsonl", lines))
+    assert [(line["round"], line["stage"]) for line in read] == [
+        (1, "print"),
+        (1, "counts"),
+        (2, "print"),
+        (2, "finish"),
+    ]
+
+
 def test_means_run_over_what_a_batch_holds():
     lines = [{"place": number, "words": float(number)} for number in range(1, WINDOW + 3)]
     lines.insert(2, {"place": 2.5, "words": 0.0})  # a batch without words

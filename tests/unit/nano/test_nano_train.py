@@ -55,9 +55,9 @@ def is_same(first, second):
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def run(folder, monkeypatch, most_steps=None, settings=None):
+def run(folder, monkeypatch, most_steps=None, settings=None, num_rounds=1):
     """Trains until the end, or until `most_steps` batches are learnt; returns trainer and the stage of each step."""
-    trainer = NanoTrainer(settings or small_settings(), folder)
+    trainer = NanoTrainer(settings or small_settings(), folder, num_rounds)
     step, stages, snapshots = trainer.step, [], []
 
     def counted_step(batch):
@@ -93,13 +93,13 @@ def test_all_stages_run_and_log(undisturbed):
         (name, batch) for name in STAGES for batch in range(1, NUM_BATCHES + 1)
     ]
     for line in lines:
-        assert set(line) == {"stage", "batch", "seconds", "grad_norm"} | LOSSES[line["stage"]]
+        assert set(line) == {"round", "stage", "batch", "seconds", "grad_norm"} | LOSSES[line["stage"]]
         assert all(torch.tensor(line[name]).isfinite() for name in LOSSES[line["stage"]] | {"grad_norm"})
         assert line["grad_norm"] > 0
     assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "state.pt"]
     state = torch.load(folder / "state.pt", weights_only=True)
     assert state["settings"] == asdict(small_settings())
-    assert (state["stage_index"], state["next_batch"]) == (len(STAGES) - 1, NUM_BATCHES)
+    assert (state["round"], state["stage_index"], state["next_batch"]) == (1, len(STAGES) - 1, NUM_BATCHES)
     assert is_same(state["model"], trainer.model.state_dict())
 
 
@@ -137,12 +137,55 @@ def test_the_end_is_the_mean_of_the_last_two_stages(tmp_path, monkeypatch):
     settings = small_settings(**none, save_every=100)
     early, stages, _ = run(tmp_path, monkeypatch, NUM_BATCHES, settings)
     assert stages == ["finish"] * NUM_BATCHES
-    assert is_same(early.final_weights(), early.averaged)
+    assert is_same(early.final_weights(), early.averaged["model"])
     late, stages, _ = run(tmp_path, monkeypatch, None, settings)
     assert stages == ["counts"] * NUM_BATCHES
-    first, last = early.averaged, late.model.state_dict()
+    first, last = early.averaged["model"], late.model.state_dict()
     assert not is_same(first, last)
     assert is_same(late.final_weights(), {name: (first[name] + last[name]) / 2 for name in last})
+
+
+@pytest.fixture
+def two_rounds():
+    """Settings of a training that is only finish and counts, twice."""
+    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES[:-2]}
+    return small_settings(**none, later_batches={"print": 0, "reading": 0, "finish": 2, "counts": 2}, save_every=1)
+
+
+def test_a_further_round_begins_with_the_mean_that_the_one_before_ended_with(tmp_path, monkeypatch, two_rounds):
+    first, _, _ = run(tmp_path, monkeypatch, None, two_rounds)
+    mean = {**first.final_weights(), **{f"heads.{k}": v for k, v in first._mean_weights()["heads"].items()}}
+    assert not is_same(mean, weights(first))
+    second, _, _ = run(tmp_path, monkeypatch, 0, two_rounds, num_rounds=2)
+    assert (second.round, second.stage, second.next_batch) == (2, "finish", 0)
+    assert is_same(weights(second), mean)
+
+
+def test_rounds_learn_new_batches_with_the_tower_fixed_and_end_the_same_after_stops(tmp_path, monkeypatch, two_rounds):
+    splits = []
+    original = train.AnswerBatches
+    monkeypatch.setattr(
+        train,
+        "AnswerBatches",
+        lambda *args, split, **more: splits.append(split) or original(*args, split=split, **more),
+    )
+    whole, stages, snapshots = run(tmp_path / "whole", monkeypatch, None, two_rounds, num_rounds=2)
+    assert stages == ["finish"] * 3 + ["counts"] * 3 + ["finish"] * 2 + ["counts"] * 2
+    assert not is_same(snapshots[0], snapshots[2])
+    assert all(is_same(snapshot, snapshots[6]) for snapshot in snapshots[6:])
+    assert [split for split in splits if split.endswith(("finish", "counts", "2"))] == [
+        "train-finish",
+        "train-counts",
+        "train-reading-2",
+        "train-finish-2",
+        "train-counts-2",
+    ]
+    run(tmp_path / "stopped", monkeypatch, None, two_rounds)
+    run(tmp_path / "stopped", monkeypatch, 1, two_rounds, num_rounds=2)
+    run(tmp_path / "stopped", monkeypatch, 2, two_rounds, num_rounds=2)
+    again, _, _ = run(tmp_path / "stopped", monkeypatch, None, two_rounds, num_rounds=2)
+    assert is_same(weights(again), weights(whole))
+    assert is_same(again.final_weights(), whole.final_weights())
 
 
 def test_a_finished_run_stays_as_it_is(undisturbed, monkeypatch):
@@ -260,7 +303,9 @@ def test_scaled_settings_keep_everything_but_the_length():
         stage = getattr(whole, name)
         shorter = {count: round(getattr(stage, count) / 10) for count in ("num_batches", "warmup_batches")}
         assert getattr(part, name) == replace(stage, **shorter)
-    assert replace(part, **{name: getattr(whole, name) for name in STAGES}) == whole
+    assert part.later_batches == {"print": 65, "reading": 42, "finish": 38, "counts": 26}
+    same = {name: getattr(whole, name) for name in (*STAGES, "later_batches")}
+    assert replace(part, **same) == whole
     assert whole.scaled(1.0) == whole
     lengths = [getattr(whole.scaled(1e-9), name).num_batches for name in STAGES]
     assert lengths == [min(1, getattr(whole, name).num_batches) for name in STAGES]
@@ -272,8 +317,8 @@ class FakeTrainer:
 
     made: ClassVar[list[Any]] = []
 
-    def __init__(self, settings, folder):
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings, folder, num_rounds):
+        self.settings, self.folder, self.num_rounds = settings, folder, num_rounds
         self.made.append(self)
 
     def run(self):
@@ -289,17 +334,19 @@ def test_command_trains_and_saves(tmp_path, monkeypatch, capsys):
     assert command.main(["--folder", str(tmp_path), "--share", "0.1", "--num_threads", "1", "--seed", "7"]) == 0
     (trainer,) = FakeTrainer.made
     assert trainer.settings == TrainingSettings(num_threads=1, seed=7).scaled(0.1)
-    assert trainer.folder == tmp_path and trainer.is_run
+    assert trainer.folder == tmp_path and trainer.num_rounds == 1 and trainer.is_run
     assert trainer.checkpoint == tmp_path / "checkpoint"
     assert f"evaluate --model_path {tmp_path / 'checkpoint'}" in capsys.readouterr().out
+    assert command.main(["--folder", str(tmp_path), "--rounds", "3"]) == 0
+    assert FakeTrainer.made[1].num_rounds == 3
 
 
-@pytest.mark.parametrize("arguments", [["--share", "0"], ["--share", "1.5"], ["--num_threads", "0"]])
+@pytest.mark.parametrize("arguments", [["--share", "0"], ["--share", "1.5"], ["--num_threads", "0"], ["--rounds", "0"]])
 def test_command_refuses_numbers_out_of_range(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(arguments)
     assert stop.value.code == 2
-    assert "--share must be above 0 and at most 1, --num_threads at least 1" in capsys.readouterr().err
+    assert "--share must be above 0 and at most 1, --num_threads and --rounds at least 1" in capsys.readouterr().err
 
 
 def test_command_says_in_one_line_that_a_state_does_not_fit(undisturbed, capsys):
