@@ -520,6 +520,9 @@ class NanoTrainer:
     def _batches(self) -> Iterator[ViewBatch | AnswerBatch]:
         """The stage's batches from the present one on, drawn by a second process ahead of need."""
         settings = self.stage_settings
+        order = range(self.next_batch, settings.num_batches)
+        if not order:
+            return iter(())
         dataset: Dataset
         split = f"{TRAIN_SPLIT}-{self.stage}" + (f"-{self.round}" if self.round > 1 else "")
         if self.stage in VIEW_STAGES:
@@ -540,7 +543,6 @@ class NanoTrainer:
                 self.settings.tokens_a_row,
                 split=split,
             )
-        order = range(self.next_batch, settings.num_batches)
         return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=1, prefetch_factor=8))
 
     def run(self) -> None:

@@ -145,47 +145,34 @@ def test_the_end_is_the_mean_of_the_last_two_stages(tmp_path, monkeypatch):
     assert is_same(late.final_weights(), {name: (first[name] + last[name]) / 2 for name in last})
 
 
-@pytest.fixture
-def two_rounds():
-    """Settings of a training that is only finish and counts, twice."""
-    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES[:-2]}
-    return small_settings(**none, later_batches={"print": 0, "reading": 0, "finish": 2, "counts": 2}, save_every=1)
-
-
-def test_a_further_round_begins_with_the_mean_that_the_one_before_ended_with(tmp_path, monkeypatch, two_rounds):
-    first, _, _ = run(tmp_path, monkeypatch, None, two_rounds)
-    mean = {**first.final_weights(), **{f"heads.{k}": v for k, v in first._mean_weights()["heads"].items()}}
-    assert not is_same(mean, weights(first))
-    second, _, _ = run(tmp_path, monkeypatch, 0, two_rounds, num_rounds=2)
-    assert (second.round, second.stage, second.next_batch) == (2, "finish", 0)
-    assert is_same(weights(second), mean)
-
-
-def test_rounds_learn_new_batches_with_the_tower_fixed_and_end_the_same_after_stops(tmp_path, monkeypatch, two_rounds):
+def test_further_rounds_begin_with_the_mean_and_end_the_same_after_stops(tmp_path, monkeypatch):
+    lengths = {"print": 0, "reading": 0, "finish": 2, "counts": 2}
+    stages = {name: replace(getattr(small_settings(), name), num_batches=lengths.get(name, 0)) for name in STAGES}
+    settings = small_settings(**stages, later_batches=lengths, save_every=1)
     splits = []
     original = train.AnswerBatches
-    monkeypatch.setattr(
-        train,
-        "AnswerBatches",
-        lambda *args, split, **more: splits.append(split) or original(*args, split=split, **more),
-    )
-    whole, stages, snapshots = run(tmp_path / "whole", monkeypatch, None, two_rounds, num_rounds=2)
-    assert stages == ["finish"] * 3 + ["counts"] * 3 + ["finish"] * 2 + ["counts"] * 2
-    assert not is_same(snapshots[0], snapshots[2])
-    assert all(is_same(snapshot, snapshots[6]) for snapshot in snapshots[6:])
-    assert [split for split in splits if split.endswith(("finish", "counts", "2"))] == [
-        "train-finish",
-        "train-counts",
-        "train-reading-2",
-        "train-finish-2",
-        "train-counts-2",
-    ]
-    run(tmp_path / "stopped", monkeypatch, None, two_rounds)
-    run(tmp_path / "stopped", monkeypatch, 1, two_rounds, num_rounds=2)
-    run(tmp_path / "stopped", monkeypatch, 2, two_rounds, num_rounds=2)
-    again, _, _ = run(tmp_path / "stopped", monkeypatch, None, two_rounds, num_rounds=2)
+
+    def batches(*args, split, **more):
+        splits.append(split)
+        return original(*args, split=split, **more)
+
+    monkeypatch.setattr(train, "AnswerBatches", batches)
+    whole, stages, snapshots = run(tmp_path / "whole", monkeypatch, None, settings, num_rounds=2)
+    assert stages == ["finish", "finish", "counts", "counts"] * 2
+    assert splits == ["train-finish", "train-counts", "train-finish-2", "train-counts-2"]
+    # The tower learns in the first round's finish; it is the mean that the second begins with, and stays that.
+    assert not is_same(snapshots[0], snapshots[1])
+    assert all(is_same(snapshot, snapshots[4]) for snapshot in snapshots[4:])
+    first, _, _ = run(tmp_path / "stopped", monkeypatch, None, settings)
+    mean = {**first.final_weights(), **{f"heads.{k}": v for k, v in first._mean_weights()["heads"].items()}}
+    assert not is_same(mean, weights(first))
+    second, _, _ = run(tmp_path / "stopped", monkeypatch, 1, settings, num_rounds=2)
+    assert (second.round, second.stage, second.next_batch) == (2, "finish", 1)
+    again, stages, _ = run(tmp_path / "stopped", monkeypatch, None, settings, num_rounds=2)
+    assert stages == ["finish", "counts", "counts"]
     assert is_same(weights(again), weights(whole))
     assert is_same(again.final_weights(), whole.final_weights())
+    assert all(torch.equal(tensor, mean[name]) for name, tensor in snapshots[4].items())
 
 
 def test_a_finished_run_stays_as_it_is(undisturbed, monkeypatch):
