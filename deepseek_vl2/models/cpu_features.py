@@ -5,6 +5,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from .machine_limits import read_text
 
 _NATIVE_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
@@ -18,6 +20,12 @@ def has_fast_bfloat16() -> bool:
     two cores of Cascade Lake) as without it.
     """
     return cpu_bfloat16_support() != "none"
+
+
+def product_dtype(rows: torch.Tensor) -> torch.dtype:
+    """In which type a product of many rows is computed: their own, unless the CPU is faster in float32."""
+    is_slow = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and not has_fast_bfloat16()
+    return torch.float32 if is_slow else rows.dtype
 
 
 def cpu_bfloat16_support(root: Path = Path("/")) -> str:

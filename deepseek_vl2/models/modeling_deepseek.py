@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_kernels import attend_by_products, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
+from .cpu_features import product_dtype
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
 from .parallel import CheckedSharesMixin, local_tensor
@@ -439,23 +440,27 @@ class DeepseekV2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch_size, num_heads, num_new = query_nope.shape[:3]
+        dtype = product_dtype(latent)
+        known, known_rope = latent[:, 0].to(dtype), key_rope[:, 0].to(dtype)  # [B, K, R], [B, K, P]
         up_key, up_value = (
             local_tensor(self.kv_b_proj.weight)
+            .to(dtype)
             .unflatten(0, (num_heads, -1))
             .split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         )
         # All rows of a batch are rows of one product for each head, which reads the head's weights once.
-        query_latent = query_nope.transpose(0, 1).flatten(1, 2) @ up_key  # [H, B*T, R]
+        query_latent = query_nope.to(dtype).transpose(0, 1).flatten(1, 2) @ up_key  # [H, B*T, R]
         query_latent = query_latent.unflatten(1, (batch_size, num_new)).transpose(0, 1)  # [B, H, T, R]
-        # Heads lie beside tokens, so one product reads the cache once for all of them.
-        scores = query_latent.flatten(1, 2) @ latent[:, 0].transpose(1, 2)  # [B, H*T, K]
-        scores = scores + query_rope.flatten(1, 2) @ key_rope[:, 0].transpose(1, 2)
-        scores = scores.unflatten(1, (num_heads, num_new)).float() * self.scaling
+        # Heads lie beside tokens, so one product reads the cache once for all of them; CPUs are faster this way round.
+        scores = known @ query_latent.flatten(1, 2).transpose(1, 2)  # [B, K, H*T]
+        scores = scores + known_rope @ query_rope.to(dtype).flatten(1, 2).transpose(1, 2)
+        scores = scores.transpose(1, 2).float().contiguous().unflatten(1, (num_heads, num_new)) * self.scaling
         scores = mask_scores(scores, attention_mask)
-        weights = scores.softmax(dim=-1).to(latent.dtype)
-        mixed = (weights.flatten(1, 2) @ latent[:, 0]).unflatten(1, (num_heads, num_new))
+        weights = scores.softmax(dim=-1).to(dtype)
+        mixed = (weights.flatten(1, 2) @ known).unflatten(1, (num_heads, num_new))
         output = mixed.transpose(0, 1).flatten(1, 2) @ up_value.transpose(1, 2)  # [H, B*T, Dv]
-        return output.unflatten(1, (batch_size, num_new)).permute(1, 2, 0, 3), weights
+        output = output.to(latent.dtype).unflatten(1, (batch_size, num_new)).permute(1, 2, 0, 3)
+        return output, weights.to(latent.dtype)
 
 
 def yarn_score_scaling(rope_parameters: Any) -> float:

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from ..cpu_features import has_fast_bfloat16
+from ..cpu_features import product_dtype
 from . import packing
 from .config import WeightFormat
 
@@ -70,19 +70,13 @@ def _int8_product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 
 def _int8_product_of_many_rows(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     output = rows.new_empty(rows.shape[0], weight.shape[0])
-    rows = rows.to(_product_dtype(rows))
+    rows = rows.to(product_dtype(rows))
     blocks = packing.row_blocks(*weight.shape)
     for start in blocks:
         block = slice(start, start + blocks.step)
         # Integers up to 127 are exact in bfloat16; the scale of an output is cheaper on the output.
         output[:, block] = (rows @ weight[block].to(rows.dtype).t()) * scales[block].to(rows.dtype)
     return output
-
-
-def _product_dtype(rows: torch.Tensor) -> torch.dtype:
-    """In which type a product of many rows is computed: their own, unless the CPU is faster in float32."""
-    is_slow = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and not has_fast_bfloat16()
-    return torch.float32 if is_slow else rows.dtype
 
 
 def _int4_product(
@@ -98,7 +92,7 @@ def _int4_product_of_many_rows(
     rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, group_size: int, num_outputs: int
 ) -> torch.Tensor:
     output = rows.new_empty(rows.shape[0], num_outputs)
-    rows = rows.to(_product_dtype(rows))
+    rows = rows.to(product_dtype(rows))
     blocks = packing.row_blocks(weight.shape[0], rows.shape[1])
     for start in blocks:
         stop = min(start + blocks.step, num_outputs)

@@ -7,7 +7,7 @@ from small_models import MHA, language_config, make_inputs, seeded, vl_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, cpu_features
 from deepseek_vl2.models.growing_cache import GrowingCache
 from deepseek_vl2.models.modeling_deepseek import (
     DeepseekV2Attention,
@@ -197,9 +197,11 @@ def test_published_sizes_expand_for_long_chunks_only():
     assert not attention._is_absorbing_cheaper(100, 100)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_decoding(dtype):
+def test_half_precision_decoding(monkeypatch, dtype, is_fast):
+    monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: is_fast)
     model = seeded(DeepseekV2ForCausalLM, language_config(**{**MHA, "n_routed_experts": None}))
     mla = seeded(DeepseekV2ForCausalLM, language_config(n_routed_experts=None))
     ids, mask = prompt()
@@ -207,7 +209,9 @@ def test_half_precision_decoding(dtype):
         expected = each(ids, attention_mask=mask).logits[:, -1]
         each.to(dtype)
         cache = each(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-        actual = each(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1].float()
+        outputs = each(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+        assert outputs.logits.dtype == dtype
+        actual = outputs.logits[:, -1].float()
         assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
 
 

@@ -1,9 +1,10 @@
 """What the CPU computes fast, on machines that files and patches pretend."""
 
 import pytest
+import torch
 
 from deepseek_vl2.models import cpu_features
-from deepseek_vl2.models.cpu_features import cpu_bfloat16_support, has_fast_bfloat16
+from deepseek_vl2.models.cpu_features import cpu_bfloat16_support, has_fast_bfloat16, product_dtype
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,18 @@ def test_only_a_cpu_that_is_known_to_lack_bfloat16_computes_in_float32(monkeypat
         assert has_fast_bfloat16() is is_fast
     finally:
         has_fast_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("is_fast", "device", "dtype", "expected"),
+    [
+        (False, "cpu", torch.bfloat16, torch.float32),
+        (True, "cpu", torch.bfloat16, torch.bfloat16),
+        (False, "cpu", torch.float16, torch.float16),
+        (False, "cpu", torch.float32, torch.float32),
+        (False, "meta", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_products_of_slow_types_are_computed_in_float32(monkeypatch, is_fast, device, dtype, expected):
+    monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: is_fast)
+    assert product_dtype(torch.zeros(2, 3, dtype=dtype, device=device)) == expected

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_packing import quantized, random_values
 
+from deepseek_vl2.models import cpu_features
 from deepseek_vl2.models.quantization import kernels, packing
 from deepseek_vl2.models.quantization.config import WeightFormat
 
@@ -56,7 +57,7 @@ def test_many_rows_are_computed_in_float32_where_bfloat16_is_slow(monkeypatch, w
     held = in_memory(weight, weight_format)
     rows = random_values(kernels.INT4_PACKED_MAX_ROWS + 1, 384).bfloat16()
     expected = expected_product(rows, weight, scales, weight_format, 64)
-    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: False)
     output = kernels.linear(rows, held, scales, weight_format, 64)
     assert output.dtype == torch.bfloat16
     # Only the output is rounded then: to half a unit of eight bits.
