@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from .quantization.choice import own_quantization
 from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
 from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
 from .quantization.packing import padded_rows
-from .weight_headers import read_header, weight_files
+from .weight_headers import stored_tensors
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NO_LINEARS = ("embed_tokens", "gate")
@@ -45,7 +45,7 @@ def checkpoint_bytes(
         config = WeightOnlyConfig(QUANTIZATIONS[config])
     is_tied = _is_tied(Path(path))
     total = 0
-    for name, shape, kind in _tensors(Path(path)):
+    for name, shape, kind in stored_tensors(Path(path)):
         if config and kind.endswith(("F16", "F32", "F64")) and is_quantized(name, shape, is_tied):
             total += quantized_bytes(name, shape, config)
         else:
@@ -107,18 +107,6 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _is_tied(folder: Path) -> bool:
     config = _config_of(folder)
     return bool(config.get("language_config", config).get("tie_word_embeddings", False))
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
-    """Name, shape and type of each tensor of a checkpoint."""
-    for file in sorted(weight_files(folder)):
-        if not file.is_file():
-            raise FileNotFoundError(f"the checkpoint lacks a file: {file}")
-        try:
-            header = read_header(file)
-        except ValueError as error:
-            raise ValueError(f"the weights in {file} are broken or cut off: {error}") from error
-        yield from ((name, tensor["shape"], tensor["dtype"]) for name, tensor in header.items())
 
 
 def is_quantized(name: str, shape: Sequence[int], is_tied: bool = False) -> bool:

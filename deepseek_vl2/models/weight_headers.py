@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,20 @@ def read_header(file: Path) -> dict[str, Any]:
     if size != expected:
         raise ValueError(f"{file.name} has {size} bytes, its header asks for {expected}: copy or download it again")
     return header
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and type of each tensor of a checkpoint.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file or the index is broken.
+    """
+    for file in sorted(weight_files(folder)):
+        if not file.is_file():
+            raise FileNotFoundError(f"the checkpoint lacks a file: {file}")
+        try:
+            header = read_header(file)
+        except ValueError as error:
+            raise ValueError(f"the weights in {file} are broken or cut off: {error}") from error
+        yield from ((name, tensor["shape"], tensor["dtype"]) for name, tensor in header.items())

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .mapped_files import MappedFiles
-from .weight_headers import read_header, weight_files
+from .weight_headers import stored_tensors
 
-_FLOATING: Mapping[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_NARROW: Mapping[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def narrower_stored_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype | None:
@@ -26,13 +26,12 @@ def narrower_stored_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype | Non
         dtype: What the weights are wanted in.
 
     Raises:
-        OSError: If a file is missing.
+        FileNotFoundError: If a file is missing.
         ValueError: If a file is broken.
     """
-    headers = (read_header(file) for file in weight_files(folder))
-    stored = {_FLOATING.get(tensor["dtype"]) for header in headers for tensor in header.values()}
-    (only,) = stored if len(stored) == 1 else (None,)
-    return only if only is not None and only.itemsize < dtype.itemsize else None
+    kinds = {kind for _, _, kind in stored_tensors(folder)}
+    stored = _NARROW.get(kinds.pop()) if len(kinds) == 1 else None
+    return stored if stored is not None and stored.itemsize < dtype.itemsize else None
 
 
 def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:

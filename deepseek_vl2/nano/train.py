@@ -298,7 +298,8 @@ class NanoTrainer:
     Args:
         settings: All numbers.
         folder: Where states and the log are kept; a state found there is gone on from.
-        num_rounds: How often `REPEATED_STAGES` are gone through; one that has ended goes on with a higher number.
+        num_rounds: How often `REPEATED_STAGES` are gone through; a training that has ended goes on with a higher
+            number.
     """
 
     def __init__(self, settings: TrainingSettings, folder: Path, num_rounds: int = 1) -> None:
