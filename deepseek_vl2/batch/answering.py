@@ -10,6 +10,7 @@ from typing import Any
 from deepseek_vl2.batch.items import Item
 from deepseek_vl2.batch.preparing import BatchLimits, PreparedItem, Preparer, read_ahead
 from deepseek_vl2.batch.records import answer_record, error_record
+from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.serve.batch_generation import answer_batch
 from deepseek_vl2.serve.row_sampling import Sampling
 from deepseek_vl2.utils.io import LoadedModel, load_pretrained_model
@@ -58,6 +59,9 @@ class BatchAnswerer:
         loaded: model, processor and tokenizer.
         options: how it answers.
         limits: how much at a time.
+
+    Raises:
+        ValueError: if the size of chunks is none, or larger than the model's context.
     """
 
     def __init__(self, loaded: LoadedModel, options: AnswerOptions, limits: BatchLimits) -> None:
@@ -66,6 +70,7 @@ class BatchAnswerer:
         self.options = options
         self.limits = limits
         config: Any = loaded.model.config.language_config
+        check_chunk_size(options.chunk_size, config.max_position_embeddings)
         self.preparer = Preparer(loaded.processor, config, limits, options.max_new_tokens, options.use_tiling)
 
     def records(

@@ -11,7 +11,7 @@ from deepseek_vl2.evaluate.predictions import PREDICTIONS_FILE, read_predictions
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import Task
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.models.generation import check_prompt_length
+from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 from deepseek_vl2.serve.batch_generation import answer_batch
 from deepseek_vl2.utils.io import LoadedModel, load_image
@@ -27,11 +27,15 @@ class Asker:
         max_new_tokens: most tokens of an answer.
         chunk_size: tokens to prefill at once, -1 for all.
         use_tiling: whether pictures are cut into tiles. Without, each is its global view and one tile of the same size.
+
+    Raises:
+        ValueError: if `chunk_size` is none, or larger than the model's context.
     """
 
     def __init__(
         self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1, use_tiling: bool = True
     ) -> None:
+        check_chunk_size(chunk_size, loaded.model.config.language_config.max_position_embeddings)
         self.model: DeepseekVLV2ForCausalLM = loaded.model
         self.processor: DeepseekVLV2Processor = loaded.processor
         self.use_tiling = use_tiling

@@ -14,10 +14,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from deepseek_vl2.batch.answering import AnswerOptions, BatchAnswerer
+from deepseek_vl2.batch.preparing import BatchLimits
+from deepseek_vl2.evaluate.runner import Asker
+from deepseek_vl2.evaluate.tasks import TASKS
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
+from deepseek_vl2.serve.api.engine import BatchEngine
 from deepseek_vl2.serve.inference import deepseek_generate
-from deepseek_vl2.utils.io import load_pil_images, load_pretrained_model
+from deepseek_vl2.utils.io import LoadedModel, load_pil_images, load_pretrained_model
 
 RED = Image.new("RGB", (100, 80), "red")
 ANSWER = {"role": "<|Assistant|>", "content": ""}
@@ -113,6 +118,20 @@ def test_chunk_sizes(parts, chunk_size):
     inputs = processor(conversations=user("<image>", RED), images=[RED])
     with pytest.raises(ValueError, match=message):
         model.incremental_prefilling(**inputs, chunk_size=chunk_size)
+
+
+def test_chunks_larger_than_the_context_wherever_questions_are_answered(parts):
+    model, processor, tokenizer = parts
+    loaded = LoadedModel(tokenizer, processor, model)
+    message = "chunk_size 50000 is larger than the context of .* tokens; take -1"
+    with pytest.raises(ValueError, match=message):
+        deepseek_generate(user("<image>", RED), *parts, chunk_size=50000)
+    with pytest.raises(ValueError, match=message):
+        Asker(loaded, TASKS["exact_match"], max_new_tokens=4, chunk_size=50000)
+    with pytest.raises(ValueError, match=message):
+        BatchAnswerer(loaded, AnswerOptions(chunk_size=50000), BatchLimits())
+    with pytest.raises(ValueError, match=message):
+        BatchEngine(loaded, chunk_size=50000)
 
 
 @pytest.mark.parametrize(

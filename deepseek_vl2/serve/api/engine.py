@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
-from deepseek_vl2.models.generation import room_for_answer
+from deepseek_vl2.models.generation import check_chunk_size, room_for_answer
 from deepseek_vl2.models.processing_deepseek_vl_v2 import DeepseekVLV2Processor, VLChatProcessorOutput
 from deepseek_vl2.serve.continuous_batch import ContinuousBatch, ReadPrompts, read_prompts
 from deepseek_vl2.serve.fair_queue import FairQueue
@@ -130,6 +130,9 @@ class BatchEngine:
         max_batch: answers at the same time.
         chunk_size: tokens of a prompt to read at once, -1 for all.
         on_step: is told the number of rows of each step.
+
+    Raises:
+        ValueError: if `chunk_size` is none, or larger than the model's context.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class BatchEngine:
         chunk_size: int = -1,
         on_step: Callable[[int], None] = lambda num_rows: None,
     ) -> None:
+        check_chunk_size(chunk_size, loaded.model.config.language_config.max_position_embeddings)
         self._model: DeepseekVLV2ForCausalLM = loaded.model
         self._processor: DeepseekVLV2Processor = loaded.processor
         self._max_batch = max_batch
