@@ -15,6 +15,7 @@ from timm.layers.mlp import Mlp
 from torch import nn
 from tqdm.auto import tqdm
 
+from .mapped_files import MappedFiles
 from .modeling_deepseek import DeepseekV2Experts
 from .sorted_experts import SortedExperts
 
@@ -199,12 +200,15 @@ def pack_weights(model: nn.Module) -> int:
     if model.training:
         raise ValueError("A packed model does not train: call model.eval() first, or leave it unpacked.")
     layers = list(_packable_layers(model))
+    files = MappedFiles()
     for parent, name, layer in tqdm(layers, desc="Packing", unit="layer", leave=False, disable=None):
         activation = "none"
         if isinstance(parent, Mlp) and name == "fc1" and _is_gelu_tanh(parent):
             activation, parent.act = "gelu_tanh", nn.Identity()
         packed = PackedExperts(layer) if isinstance(layer, DeepseekV2Experts) else PackedLinear(layer, activation)
         setattr(parent, name, packed.eval())
+        # Else weights that are views of a file stay in memory beside the packed ones.
+        files.release_pages(getattr(layer, weight) for weight in packed.packed)
     return len(layers)
 
 

@@ -59,12 +59,14 @@ def _number(folder: Path, *names: str) -> float | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files in memory that count as used but are given up when others need the memory."""
-    for line in (read_text(folder / "memory.stat") or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
+    """Bytes of files in memory that count as used but are given up when others need the memory.
+
+    Version 1 counts a group's own pages beside those of the groups below it, and only the sum belongs to what is used.
+    """
+    lines = (line.partition(" ") for line in (read_text(folder / "memory.stat") or "").splitlines())
+    numbers = {name: int(value) for name, _, value in lines if value.isdigit()}
+    prefix = "total_" if "total_inactive_file" in numbers else ""
+    return sum(numbers.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
 
 
 def read_text(file: Path) -> str | None:

@@ -3,6 +3,8 @@
 import copy
 import logging
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,30 @@ def test_logits_are_those_of_the_plain_model(dtype, variant):
     plain = plain_model(dtype, variant)(**inputs).logits.float()
     # Both round on the way, in different places: neither is farther from the exact numbers than the other by much.
     assert (packed - exact).norm() < 1.2 * (plain - exact).norm()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages of a file are in memory")
+def test_packed_weights_do_not_stay_in_memory_as_pages_of_their_file(tmp_path):
+    plain_model(torch.float32).save_pretrained(tmp_path)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
+    linear = model.language.model.layers[0].self_attn.o_proj.weight
+    assert all(weight.isfinite().all() for weight in model.parameters())  # reads them
+    before = resident_file_bytes(tmp_path / "model.safetensors")
+    assert before > linear.nbytes
+    bias = model.vision.blocks[0].mlp.fc1.bias.detach().clone()
+    pack_weights(model)
+    assert resident_file_bytes(tmp_path / "model.safetensors") < before / 2
+    assert torch.equal(model.vision.blocks[0].mlp.fc1.bias, bias)
+
+
+def resident_file_bytes(file) -> int:
+    total, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:  # 7f31f6200000-7f31fe200000 rw-p 00000000 fe:00 1234    /path/model.safetensors
+            is_of_file = line.endswith(str(file))
+        elif is_of_file and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def test_every_layer_is_packed_but_those_read_elsewhere(dtype):

@@ -140,9 +140,9 @@ def test_quota_of_a_container(tmp_path, files, quota):
             | {
                 "sys/fs/cgroup/box/memory.max": str(8 * GB),
                 "sys/fs/cgroup/box/memory.current": str(6 * GB),
-                "sys/fs/cgroup/box/memory.stat": f"anon 1\ninactive_file {GB}\n",
+                "sys/fs/cgroup/box/memory.stat": f"anon 1\ninactive_file {GB}\nactive_file {2 * GB}\n",
             },
-            3 * GB,
+            5 * GB,
         ),
         (
             V1
@@ -151,6 +151,17 @@ def test_quota_of_a_container(tmp_path, files, quota):
                 "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(6 * GB),
             },
             2 * GB,
+        ),
+        (
+            V1
+            | {
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(8 * GB),
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(6 * GB),
+                "sys/fs/cgroup/memory/job/memory.stat": (
+                    f"inactive_file 0\nactive_file 5\ntotal_inactive_file {3 * GB}\ntotal_active_file {GB}\n"
+                ),
+            },
+            6 * GB,
         ),
     ],
 )
