@@ -16,13 +16,14 @@ _MAX_HEADER_BYTES = 100_000_000
 def weight_files(folder: Path) -> dict[Path, set[str]]:
     """The files that a checkpoint's weights should be in, and which tensors its index expects in each.
 
-    Without an index it is one file, and nothing is expected of it.
+    One file goes before an index, as in transformers: saving into a folder leaves the index of what was there before.
+    Without an index it is one file, too, and nothing is expected of it.
 
     Raises:
         ValueError: The index is broken.
     """
     index = folder / INDEX_FILE
-    if not index.is_file():
+    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         return {folder / WEIGHTS_FILE: set()}
     files: dict[Path, set[str]] = {}
     try:
@@ -66,7 +67,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
     """
     for file in sorted(weight_files(folder)):
         if not file.is_file():
-            raise FileNotFoundError(f"the checkpoint lacks a file: {file}")
+            raise FileNotFoundError(
+                f"the checkpoint lacks a file: {file}; it is half written or copied, save, copy or download it again"
+            )
         try:
             header = read_header(file)
         except ValueError as error:

@@ -227,11 +227,14 @@ def check_is_complete(model: "PreTrainedModel", checkpoint_files: Sequence[str |
         ValueError: If a file is broken or cut off, or a weight is missing or of another shape or type.
     """
     found: dict[str, tuple[list[int], str]] = {}
+    way_out = "quantise and save the original again, into an empty folder"
     for file in checkpoint_files:
         try:
             header = read_header(Path(file))
         except (ValueError, OSError) as error:
-            raise ValueError(f"The quantised checkpoint is broken or half written: {file}: {error}") from error
+            raise ValueError(
+                f"The quantised checkpoint is broken or half written: {file}: {error}; {way_out}"
+            ) from error
         found |= {name: (tensor["shape"], tensor["dtype"]) for name, tensor in header.items()}
     types = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16"}
     quantized = {
@@ -247,9 +250,10 @@ def check_is_complete(model: "PreTrainedModel", checkpoint_files: Sequence[str |
         if shape != list(tensor.shape) or quantized.get(name, kind) != kind:
             wrong.append(name)
     if wrong:
+        files = sorted({Path(checkpoint_files[0]).name, Path(checkpoint_files[-1]).name})
         raise ValueError(
-            f"The quantised checkpoint is half written, or not of this configuration: {len(wrong)} weights "
-            f"are missing or of another shape, such as {wrong[0]}. Quantise and save the original again."
+            f"The quantised checkpoint is half written, or not of this configuration: {len(wrong)} weights are missing "
+            f"or of another shape in {' to '.join(files)}, such as {wrong[0]}; {way_out}"
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepseek_vl2.models.weight_headers import read_header
+from deepseek_vl2.models.weight_headers import read_header, stored_tensors
 from deepseek_vl2.utils.checkpoint_files import INDEX_FILE, WEIGHTS_FILE, check_weight_files, compare_shapes
 
 FIRST, SECOND = "model-1.safetensors", "model-2.safetensors"
@@ -19,6 +19,14 @@ def sharded(tmp_path):
     index = {"weight_map": {"a": FIRST, "b": FIRST, "c": SECOND}}
     (tmp_path / INDEX_FILE).write_text(json.dumps(index))
     return tmp_path
+
+
+def test_one_file_goes_before_the_index_of_an_earlier_checkpoint(sharded):
+    """As transformers reads a folder that was saved into twice."""
+    (sharded / SECOND).unlink()
+    save_file({"a": torch.zeros(3, 4)}, sharded / WEIGHTS_FILE)
+    assert check_weight_files(sharded) == ([sharded / WEIGHTS_FILE], 48, [], {"a": (3, 4)})
+    assert list(stored_tensors(sharded)) == [("a", [3, 4], "F32")]
 
 
 def test_a_whole_checkpoint_of_shards(sharded):

@@ -200,6 +200,23 @@ def test_half_written_checkpoints_are_refused(saved, tmp_path, change, message):
         DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_model_that_is_quantised_in_place_loads_again(saved, loaded, tmp_path):
+    """Its one file replaces the shards that were there, of which transformers leaves the index."""
+    damaged_copy(saved, tmp_path, lambda folder: None)
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() and (tmp_path / "model.safetensors").exists()
+    again = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in loaded.state_dict().items())
+
+
+def test_files_of_an_earlier_checkpoint_are_named(saved, tmp_path):
+    """Where shards were saved beside one file, that one is read."""
+    damaged_copy(saved, tmp_path, lambda folder: None)
+    save_file({"old": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"half written.* in model\.safetensors, .*into an empty folder"):
+        DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_checkpoint_of_another_layout_or_size_is_refused(saved, tmp_path):
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
