@@ -19,7 +19,9 @@ from .quantization import (
     WeightOnlyConfig,
     check_quantization,
     choose_quantization,
+    needed_quantization,
     own_quantization,
+    read_quantization,
     register_quantization,
 )
 from .widening import narrower_stored_dtype, widen
@@ -35,7 +37,9 @@ __all__ = [
     "checkpoint_bytes",
     "choose_quantization",
     "narrower_stored_dtype",
+    "needed_quantization",
     "own_quantization",
+    "read_quantization",
     "widen",
 ]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig
 from .device_placement import place_view_embeddings
 from .generation import DEFAULT_CHUNK_SIZE, PrefilledGenerationMixin, check_cache, check_chunk_size, check_prompt_length
 from .growing_cache import GrowingCache
+from .memory import check_memory
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .parallel import CheckedSharesMixin
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
 from .view_batches import views_at_once
+from .weight_headers import weight_files
 
 # Tokens of an answer that a prefilled cache has room for before it grows.
 ROOM_FOR_ANSWERS = 512
@@ -61,6 +64,18 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
+def _check_memory_of_cpu(checkpoint_files: Sequence[str] | None, load_config: Any, dtype: torch.dtype) -> None:
+    """Refuses weights that go to the CPU as they are and do not fit; quantised ones are checked by their quantiser."""
+    devices = {str(device) for device in (load_config.device_map or {"": "cpu"}).values()}
+    is_shared = load_config.device_mesh is not None
+    if devices != {"cpu"} or is_shared or load_config.is_quantized or not checkpoint_files:
+        return
+    folder = Path(checkpoint_files[0]).parent
+    # Files of other kinds have no headers to read.
+    if set(weight_files(folder)) == {Path(file) for file in checkpoint_files}:
+        check_memory(folder, dtype=dtype)
+
+
 class DeepseekVLV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
     """What transformers has to know about the model to load, place and run it."""
 
@@ -83,7 +98,12 @@ class DeepseekVLV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        """Loads weights as transformers does, to a map of devices that this model can run on."""
+        """Loads weights as transformers does, to a map of devices that this model can run on.
+
+        Raises:
+            ValueError: If they all go to the CPU and do not fit into memory.
+        """
+        _check_memory_of_cpu(checkpoint_files, load_config, model.dtype)
         if load_config.device_map is not None:
             parts = [name for name, _ in (*model.named_parameters(recurse=False), *model.named_children())]
             place_view_embeddings(load_config.device_map, parts)

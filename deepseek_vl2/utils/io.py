@@ -188,6 +188,8 @@ def load_pretrained_model(
         check_quantization,
         choose_quantization,
         narrower_stored_dtype,
+        needed_quantization,
+        read_quantization,
         widen,
     )
 
@@ -204,6 +206,9 @@ def load_pretrained_model(
     given = model_options.get("quantization_config")
     if quantize is not None and given is not None:
         raise ValueError(f"give quantize={quantize!r} or a quantization_config, not both")
+    given = read_quantization(given)
+    if given is not None:
+        model_options["quantization_config"] = given
     # How the weights are held in the end.
     held_as = given if isinstance(given, WeightOnlyConfig) else quantize
     model_options["device_map"] = _device_map(device, model_options)
@@ -227,6 +232,8 @@ def load_pretrained_model(
             "an adapter cannot be put into quantised weights: merge it first (python -m deepseek_vl2.train.merge), "
             "then quantise the result"
         )
+    if isinstance(given, WeightOnlyConfig):
+        model_options["quantization_config"] = needed_quantization(given, config)
     if quantize is not None:
         kind = _kind_of_device(model_options["device_map"])
         model_options["quantization_config"] = choose_quantization(quantize, kind, config)

@@ -7,7 +7,13 @@ attention pool that is never run, an output layer tied to the embeddings, and `k
 as a matrix at each token, and it is below 1 % of the weights.
 """
 
-from .choice import check_quantization, choose_quantization, own_quantization
+from .choice import (
+    check_quantization,
+    choose_quantization,
+    needed_quantization,
+    own_quantization,
+    read_quantization,
+)
 from .config import QUANTIZATIONS, WeightOnlyConfig
 from .quantizer import register_quantization
 
@@ -16,6 +22,8 @@ __all__ = [
     "WeightOnlyConfig",
     "check_quantization",
     "choose_quantization",
+    "needed_quantization",
     "own_quantization",
+    "read_quantization",
     "register_quantization",
 ]

@@ -71,6 +71,39 @@ def choose_quantization(quantize: str, device_type: str, checkpoint_config: Any)
     )
 
 
+def read_quantization(given: Any) -> Any:
+    """What a caller gave as `quantization_config`, with the fields of a `WeightOnlyConfig` made into one.
+
+    Raises:
+        ValueError: If it is a name and no configuration, or has fields that `WeightOnlyConfig` refuses.
+    """
+    if isinstance(given, str):
+        raise ValueError(f"quantization_config {given!r} is no configuration: give quantize={given!r}")
+    is_own = isinstance(given, dict) and given.get("quant_method") == METHOD
+    return WeightOnlyConfig(**given) if is_own else given
+
+
+def needed_quantization(given: WeightOnlyConfig, checkpoint_config: Any) -> WeightOnlyConfig | None:
+    """What is left to do of a quantisation: nothing if the checkpoint is quantised like that already.
+
+    Args:
+        given: What is asked for.
+        checkpoint_config: Configuration of the model as its folder holds it.
+
+    Raises:
+        ValueError: If the checkpoint is quantised otherwise.
+    """
+    found = _present(checkpoint_config)
+    if found is None:
+        return given
+    if found != given.to_dict():
+        raise ValueError(
+            f"the checkpoint is quantised already ({found}), so it cannot be loaded with {given.to_dict()}: leave "
+            "quantization_config out, or take the original checkpoint"
+        )
+    return None
+
+
 def own_quantization(checkpoint_config: Any) -> str | None:
     """`int8` or `int4` if a checkpoint is quantised by `WeightOnlyConfig`, else None.
 

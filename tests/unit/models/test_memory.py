@@ -1,7 +1,11 @@
 """What a checkpoint will take, what there is, and what is said when it does not fit."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from deepseek_vl2 import nano
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, WeightOnlyConfig, memory
@@ -66,6 +70,34 @@ def test_from_pretrained_refuses_quantised_weights_that_do_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
     with pytest.raises(ValueError, match=r"not enough memory for the weights in .* as int4"):
         DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), quantization_config=config, device_map="auto")
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"device_map": {"": torch.device("cpu")}}], ids=str)
+def test_from_pretrained_refuses_weights_that_do_not_fit(monkeypatch, options):
+    needed = checkpoint_bytes(nano.path())
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed)
+    DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), **options)
+    with pytest.raises(ValueError, match=r"as float32, .* would fit: bfloat16"):
+        DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), dtype=torch.float32, **options)
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"not enough memory .* would fit: int8"):
+        AutoModelForCausalLM.from_pretrained(nano.path(), **options)
+
+
+def test_what_does_not_fit_may_go_to_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(nano.path(), device_map={"": "disk"}, offload_folder=tmp_path)
+    assert model.language.lm_head.weight.device.type == "meta"
+
+
+def test_weights_of_another_kind_of_file_load(monkeypatch, tmp_path):
+    """Their files say nothing of what they take."""
+    shutil.copy(Path(nano.path()) / "config.json", tmp_path)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(nano.path())
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    again = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.language.lm_head.weight, model.language.lm_head.weight)
 
 
 def test_enough_memory_passes(monkeypatch):

@@ -176,6 +176,7 @@ def checkpoint(tmp_path, monkeypatch):
     fake.DeepseekVLV2Processor, fake.DeepseekVLV2ForCausalLM = FakeProcessor, FakeModel
     fake.check_memory, fake.choose_quantization = lambda *args: None, lambda *args: args
     fake.check_quantization = lambda *args: None
+    fake.read_quantization, fake.needed_quantization = lambda given: given, lambda given, config: given
     fake.checkpoint_bytes, fake.own_quantization = lambda folder: 7, lambda config: None
     fake.WeightOnlyConfig = WeightOnlyConfig
     fake.narrower_stored_dtype, fake.widen = lambda folder, dtype: None, None
@@ -411,6 +412,7 @@ def test_a_weight_that_is_no_number_is_not_quantised(small_checkpoint, tmp_path)
 def test_a_broken_index_is_named(small_checkpoint, tmp_path, content):
     folder = tmp_path / "changed"
     shutil.copytree(small_checkpoint, folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is broken"):
         load_pretrained_model(folder, "float32", "cpu")
@@ -427,6 +429,33 @@ def test_a_quantization_config_counts_like_the_name(small_checkpoint, monkeypatc
     assert all(map(torch.equal, by_config.state_dict().values(), by_name.state_dict().values()))
     with pytest.raises(ValueError, match="quantize='int8' or a quantization_config, not both"):
         load_pretrained_model(small_checkpoint, device="cpu", quantize="int8", quantization_config=config)
+
+
+def test_a_quantization_config_may_be_given_by_its_fields(small_checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "deepseek_vl2.models.check_memory", lambda folder, held_as, dtype: asked.append(held_as.to_dict())
+    )
+    fields = {"quant_method": "deepseek_vl2_weight_only", "bits": 4, "group_size": 32}
+    model = load_pretrained_model(small_checkpoint, device="cpu", quantization_config=fields).model
+    assert model.dtype == torch.bfloat16  # as with quantize="int4"
+    assert model.config.quantization_config.to_dict() == WeightOnlyConfig(bits=4, group_size=32).to_dict() == asked[0]
+    with pytest.raises(ValueError, match="quantization_config has no 'bit'"):
+        load_pretrained_model(small_checkpoint, quantization_config={"quant_method": fields["quant_method"], "bit": 4})
+    with pytest.raises(ValueError, match="give quantize='int8'"):
+        load_pretrained_model(small_checkpoint, quantization_config="int8")
+
+
+def test_quantised_weights_are_not_loaded_as_others(small_checkpoint, tmp_path):
+    config = WeightOnlyConfig(bits=4)
+    _, processor, model = load_pretrained_model(small_checkpoint, device="cpu", quantization_config=config)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = load_pretrained_model(tmp_path, device="cpu", quantization_config=WeightOnlyConfig(bits=4)).model
+    assert again.config.quantization_config.to_dict() == config.to_dict()
+    for other in (WeightOnlyConfig(bits=8), WeightOnlyConfig(bits=4, group_size=32)):
+        with pytest.raises(ValueError, match=r"quantised already .*'bits': 4, 'group_size': 64"):
+            load_pretrained_model(tmp_path, device="cpu", quantization_config=other)
 
 
 @pytest.mark.parametrize(
