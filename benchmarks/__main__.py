@@ -128,6 +128,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """
     if options.plots:
         check_matplotlib()
+        # Now: a folder that cannot be is no reason to lose what was measured.
+        options.plots.mkdir(parents=True, exist_ok=True)
     device = resolve_device(options.device)
     if options.dtype is not None:
         resolve_dtype(options.dtype)

@@ -74,7 +74,6 @@ def draw_curves(points: list[dict[str, Any]], folder: Path) -> list[Path]:
             {"whole_gb": "read whole", "chunked_gb": f"read in chunks of {CHUNK_SIZE}", "cache_gb": "cache alone"},
         ),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for file, (label, curves) in plots.items():
         figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
         for name, description in curves.items():

@@ -656,7 +656,7 @@ class DeepseekV2ForCausalLM(  # type: ignore[misc]
 
         Args:
             labels: Ids [B, T] to predict, -100 where there is nothing to learn; position t is predicted from t - 1.
-            logits_to_keep: How many of the last positions to compute logits for; all if 0.
+            logits_to_keep: How many of the last positions to compute logits for; all if 0. The loss is of these, too.
 
         Returns:
             Loss if labels are given, logits [B, T, vocabulary] and the cache.
@@ -673,6 +673,10 @@ class DeepseekV2ForCausalLM(  # type: ignore[misc]
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                # What each position predicts, and of these the ones that have logits.
+                shifted = F.pad(labels, (0, 1), value=-100)[:, 1:, None]
+                kwargs["shift_labels"] = slice_logits_to_keep(shifted, logits_to_keep).squeeze(-1).contiguous()
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,

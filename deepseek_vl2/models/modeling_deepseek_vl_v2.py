@@ -435,7 +435,7 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
             images_spatial_crop: See `prepare_inputs_embeds`.
             labels: Ids [B, T] to predict, -100 where there is nothing to learn; position t is predicted from t - 1.
             use_cache: Whether to return a cache.
-            logits_to_keep: How many of the last positions to compute logits for; all if 0.
+            logits_to_keep: How many of the last positions to compute logits for; all if 0. The loss is of these, too.
             sft_format: Ignored, so that all outputs of the processor can be passed.
             seq_lens: Ignored, as `sft_format`.
 

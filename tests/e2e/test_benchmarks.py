@@ -82,6 +82,7 @@ def test_bad_options_end_the_program(capsys, arguments, message):
         (["--dtype", "int3"], "unknown dtype 'int3'"),
         (["--device", "cuda:99"], "'cuda:99' is not available here"),
         (["--size", "tiny", "--layers", "99"], "--layers 99 must be 1 to 12 for tiny"),
+        (["--plots", __file__], "test_benchmarks.py"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, message):

@@ -89,6 +89,20 @@ def test_loss(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kept", [4, torch.tensor([2, 6, 9])], ids=["last", "positions"])
+def test_loss_of_the_positions_that_are_kept(model, kept):
+    labels = ids().clone()
+    labels[0, 8] = -100
+    output = model(ids(), labels=labels, logits_to_keep=kept)
+    positions = list(range(11))[-kept:] if isinstance(kept, int) else kept.tolist()
+    predicted = [position for position in positions if position < 10]  # after the last one nothing comes
+    logits = model(ids()).logits[:, predicted].flatten(0, 1).double()
+    targets = labels[:, [position + 1 for position in predicted]].flatten()
+    assert output.logits.shape[1] == len(positions)
+    assert output.loss.item() == pytest.approx(F.cross_entropy(logits, targets, ignore_index=-100).item(), abs=1e-5)
+
+
+@torch.no_grad()
 def test_further_outputs(model):
     output = model(ids(), output_hidden_states=True, output_router_logits=True)
     assert [tuple(state.shape) for state in output.hidden_states] == [(2, 11, 48)] * 4
