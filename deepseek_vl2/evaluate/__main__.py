@@ -86,7 +86,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     data = read_samples(
         options.data, settings["format"], task.check, options.picture_root, options.box_format, options.limit
     )
-    samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
+    samples, num_skipped = leave_out([*map(task.arrange, data.samples)], data.problems, options.skip_bad)
     with lock_folder(options.output):
         begin_or_resume(options.output, settings, PREDICTIONS_FILE)
         return _ask_and_report(options, task, settings, samples, num_skipped)

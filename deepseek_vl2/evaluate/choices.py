@@ -56,9 +56,10 @@ def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
     """Find the option that an answer means.
 
     Looked for in this order; the first step that finds anything decides: a letter alone ("B", "(B)"); an option's text
-    alone; a conclusion ("The answer is B"); a letter in front ("B. a cat", "B, because it barks"); a named option
-    ("option B"); letters in brackets; options' texts within the answer; letters standing by themselves, but "A" and "I"
-    not where they are words. Letters that the answer denies ("not A", "A is wrong") count for nothing.
+    alone; a conclusion ("The answer is B"); an enumeration ("A. a cat, B. a dog"); a letter in front ("B. a cat", "B,
+    because it barks"); a named option ("option B"); letters in brackets; options' texts within the answer; letters
+    standing by themselves, but "A" and "I" not where they are words. What the answer denies ("not A", "A is wrong",
+    "not a cat") counts for nothing.
 
     Args:
         answer: text of the model.
@@ -76,6 +77,7 @@ def choose_option(answer: str, options: Mapping[str, str]) -> str | None:
     steps: tuple[Iterable[str], ...] = (
         (letter for letter, option in options.items() if _plain(option) == _plain(text)),
         _stated(_CONCLUSION, claimed, options),
+        _enumerated(claimed, options),
         (leading[1],) if leading else (),
         _stated(_NAMED, claimed, options),
         _BRACKETED.findall(claimed),
@@ -104,19 +106,35 @@ def _stated(form: re.Pattern[str], answer: str, options: Mapping[str, str]) -> l
     return letters
 
 
+def _enumerated(answer: str, options: Mapping[str, str]) -> list[str]:
+    """Letters of options that stand at the beginning one after the other, each with its text; none if it is one."""
+    forms = {
+        letter: rf"[(\[]?{letter}[.):\]]+\s*(?i:{re.escape(text.strip())})(?!\w)"
+        for letter, text in options.items()
+        if text.strip()
+    }
+    item = f"(?:{'|'.join(forms.values())})"
+    enumeration = re.match(rf"{item}(?:[\s,;.]*(?:\b(?:or|and)\b\s*)?{item})+", answer) if forms else None
+    return [letter for letter, form in forms.items() if enumeration and re.search(form, enumeration[0])]
+
+
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).strip(" .")
+
+
+def _as_words(option: str) -> re.Pattern[str]:
+    """Finds an option's text as whole words that are not denied, and a number not within another: "1" in "1.5"."""
+    before = r"(?<![\w-])(?<!\d[.,/])" if option[0].isdigit() else r"(?<!\w)"
+    after = r"(?!\w|[.,/-]\d)" if option[-1].isdigit() else r"(?!\w)"
+    denied = r"(?<!\bnot )(?<!n't )(?<!n’t )(?<!\bnever )(?<!\bnot a )(?<!\bnot an )(?<!\bnot the )"
+    return re.compile(denied + before + re.escape(option) + after)
 
 
 def _mentioned(answer: str, options: Mapping[str, str]) -> list[str]:
     """Options whose text stands in the answer as whole words, not counting those within a longer one that does."""
     text = _plain(answer)
     plain = {letter: _plain(option) for letter, option in options.items()}
-    there = {
-        letter: option
-        for letter, option in plain.items()
-        if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)
-    }
+    there = {letter: option for letter, option in plain.items() if option and _as_words(option).search(text)}
     return [
         letter
         for letter, option in there.items()

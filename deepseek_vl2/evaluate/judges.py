@@ -97,8 +97,8 @@ def judge_boxes(sample: Sample, answer: str) -> Judgement:
 
 
 def found_boxes(sample: Sample, answer: str) -> tuple[PixelBox, ...]:
-    """The well-formed boxes of an answer in pixels of the last picture."""
-    return tuple(box.to_pixels(*sample.sizes[-1]) for box in read_grounding(answer).boxes)
+    """The well-formed boxes of an answer in pixels of the last picture, not rounded to whole ones."""
+    return tuple(box.scale_to(*sample.sizes[-1]) for box in read_grounding(answer).boxes)
 
 
 def describe_boxes(boxes: Sequence[PixelBox]) -> str:

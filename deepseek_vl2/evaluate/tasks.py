@@ -5,6 +5,7 @@ Prompts are those of the authors' figures: the forms in which VLMEvalKit asks De
 README.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from deepseek_vl2.evaluate.samples import Sample
 from deepseek_vl2.models.special_tokens import ASSISTANT, IMAGE, REF_END, REF_START, USER
 
 MAX_NEW_TOKENS = 512
+_NUMBERED_PICTURE = re.compile(r"<image (\d+)>")
 MIN_HUMAN_ANSWERS = metrics.VQA_FULL_AGREEMENT + 1
 
 _SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -52,6 +54,41 @@ def ask_to_locate(sample: Sample) -> str:
 def ask_to_choose(sample: Sample) -> str:
     """Hint, question and options by letter."""
     return _with_pictures(sample, _choice_text(sample))
+
+
+def as_it_stands(sample: Sample) -> Sample:
+    """The sample itself."""
+    return sample
+
+
+def in_order_of_mention(sample: Sample) -> Sample:
+    """The sample with the pictures that its texts name, one for each time, in this order and counted anew.
+
+    So VLMEvalKit asks MMMU (its `split_MMMU`). A sample whose texts name none keeps all.
+
+    Raises:
+        ValueError: a picture is named that is not there.
+    """
+    order: list[int] = []
+
+    def count_anew(match: re.Match[str]) -> str:
+        order.append(int(match[1]) - 1)
+        return f"<image {len(order)}>"
+
+    def renumber(text: str) -> str:
+        return _NUMBERED_PICTURE.sub(count_anew, text)
+
+    # The order in which the prompt has them.
+    hint, question = renumber(sample.hint), renumber(sample.question)
+    options = {letter: renumber(option) for letter, option in sample.options.items()}
+    wrong = [number + 1 for number in order if not 0 <= number < len(sample.pictures)]
+    if wrong:
+        raise ValueError(f"<image {wrong[0]}> is named, and there are {len(sample.pictures)} picture(s)")
+    if not order:
+        return sample
+    pictures = tuple(sample.pictures[number] for number in order)
+    sizes = tuple(sample.sizes[number] for number in order)
+    return replace(sample, hint=hint, question=question, options=options, pictures=pictures, sizes=sizes)
 
 
 def ask_mmmu(sample: Sample) -> str:
@@ -83,6 +120,7 @@ class Task:
         needs: what a sample must have: "answers", "people" (so many answers that they can agree), "box" (one), "boxes"
             or "options".
         needs_picture: whether every sample must have one.
+        arrange: sample -> sample as it is asked about; may raise a ValueError.
         picture_scale: by how much the first picture is enlarged; VLMEvalKit doubles that of MMMU.
         is_circular: whether a question may be there several times, its options in another order; it is right if all
             are (MMBench's CircularEval).
@@ -93,6 +131,7 @@ class Task:
     judge: Judge
     needs: str = "answers"
     needs_picture: bool = True
+    arrange: Callable[[Sample], Sample] = as_it_stands
     picture_scale: int = 1
     is_circular: bool = False
 
@@ -100,8 +139,9 @@ class Task:
         """Refuses a sample that this task cannot judge.
 
         Raises:
-            ValueError: something that `needs` names is missing, or the picture.
+            ValueError: something that `needs` names is missing, or the picture; and see `arrange`.
         """
+        self.arrange(sample)
         if self.needs_picture and not sample.pictures:
             raise ValueError(
                 "no picture (image, image_path, images, or image_1, image_2, ...), and this task asks about one; "
@@ -162,7 +202,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "chartqa": Task("relaxed accuracy", ask_shortly, judge_text(metrics.relaxed_accuracy)),
         "textvqa": Task("VQA accuracy", ask_shortly, judge_text(metrics.vqa_accuracy), "people"),
         "ocrbench": Task("containment", ask_plainly, judge_ocrbench),
-        "mmmu": Task("accuracy", ask_mmmu, judge_choice, "options", picture_scale=2),
+        "mmmu": Task("accuracy", ask_mmmu, judge_choice, "options", arrange=in_order_of_mention, picture_scale=2),
         "ai2d": _CHOICE,
         "mmbench": replace(_CHOICE, is_circular=True),
         "mmstar": _CHOICE,

@@ -42,13 +42,18 @@ class GroundedBox:
     box: tuple[int, int, int, int]
 
     def to_pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Scale the box to a picture's pixels, rounding down as the reference does."""
+        """Scale the box to a picture's whole pixels, rounding down as the reference does to draw it."""
+        x1, y1, x2, y2 = self.scale_to(width, height)
+        return int(x1), int(y1), int(x2), int(y2)
+
+    def scale_to(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Scale the box to a picture without rounding: x1, y1, x2, y2 in pixels."""
         x1, y1, x2, y2 = self.box
         return (
-            int(x1 / COORDINATE_MAX * width),
-            int(y1 / COORDINATE_MAX * height),
-            int(x2 / COORDINATE_MAX * width),
-            int(y2 / COORDINATE_MAX * height),
+            x1 / COORDINATE_MAX * width,
+            y1 / COORDINATE_MAX * height,
+            x2 / COORDINATE_MAX * width,
+            y2 / COORDINATE_MAX * height,
         )
 
     def to_dict(self, image_size: tuple[int, int] | None = None) -> dict[str, Any]:

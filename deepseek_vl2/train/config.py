@@ -81,7 +81,10 @@ class TrainConfig:
         ),
     )
     aux_loss_alpha: float | None = _option(
-        None, "weight of the loss that keeps experts evenly busy (arXiv:2405.04434); null: the checkpoint's own", low=0
+        None,
+        "weight of the loss that keeps experts evenly busy (arXiv:2405.04434); null: the checkpoint's own; without "
+        "effect on routers of noaux_tc",
+        low=0,
     )
     router_bias_update_speed: float | None = _option(
         None,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -44,6 +45,7 @@ _FREE_KEYS = frozenset(
         "resume",
     ]
 )
+_CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -160,6 +162,13 @@ def train(config: TrainConfig) -> TrainResult:
     learned, measured = read_data(config, processor, model)
     arguments.eval_strategy = arguments.eval_strategy if measured else "no"
     router_config = model.language.config
+    if config.aux_loss_alpha and router_config.topk_method == "noaux_tc":
+        logger.warning(
+            "aux_loss_alpha %s has no effect: the routers of %s (noaux_tc) are balanced by their bias, not by a loss; "
+            "see router_bias_update_speed",
+            config.aux_loss_alpha,
+            config.model_path,
+        )
     if config.aux_loss_alpha is not None:
         router_config.aux_loss_alpha = config.aux_loss_alpha
     unfreeze(model, config)
@@ -270,11 +279,18 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """The newest complete checkpoint to go on from, or None; notes the settings in the output folder.
 
     Raises:
-        ValueError: there is one with other settings or data, or one although `resume` is never.
+        ValueError: there is one with other settings or data, one although `resume` is never, or a folder that is named
+            like one and is none.
         OSError: the folder cannot be written, or the data not read.
     """
     folder = Path(config.output_dir)
     digests = _data_digests(config)
+    other = [path.name for path in folder.glob("checkpoint-*") if not _CHECKPOINT_NAME.fullmatch(path.name)]
+    if other:
+        # A copy of a user's; transformers would delete it with the oldest checkpoints.
+        raise ValueError(
+            f"{folder} holds {other[0]}, which is no checkpoint of this run: give it a name of another kind"
+        )
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if _is_whole(path)]
     newest = max(complete, key=_num_steps, default=None)
     if newest and config.resume == "never":

@@ -78,7 +78,7 @@ def listed(cell: Any, reads_text: bool = True) -> list[Any]:
     if reads_text and isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         try:
             value = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return [cell]  # a text in brackets
         if isinstance(value, list):
             return value
@@ -136,7 +136,7 @@ def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:
     if box_format not in BOX_FORMATS:
         raise ValueError(f"unknown form of boxes {box_format!r}: take one of {', '.join(BOX_FORMATS)}")
     is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
-    if not is_sequence or len(values) != 4 or not all(_is_number(value) for value in values):
+    if not is_sequence or len(values) != 4 or not all(is_number(value) for value in values):
         raise ValueError(f"a box must be four numbers, not {values!r:.80}")
     x1, y1, x2, y2 = map(float, values)
     if box_format == "xywh":
@@ -149,7 +149,8 @@ def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:
     return x1, y1, x2, y2
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
     # JSON has whole numbers that no float can hold; NaN and Infinity are in Python's dialect of it.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max

@@ -110,7 +110,7 @@ def _boxes(values: Any, answer: str, sizes: tuple[tuple[int, int], ...]) -> tupl
     if not sizes:
         raise ValueError("boxes need a picture, there is none")
     if values is None:
-        return tuple(box.to_pixels(*sizes[-1]) for box in grounding.boxes)
+        return tuple(box.scale_to(*sizes[-1]) for box in grounding.boxes)
     if not isinstance(values, list):
         raise ValueError(f"'boxes' must be a list of boxes, not {values!r:.80}")
     return tuple(read_box(value, "xyxy", sizes[-1]) for value in values)

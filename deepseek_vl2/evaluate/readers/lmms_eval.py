@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_vl2.evaluate.readers.common import (
+    MAX_OVERHANG,
     ReadOptions,
     as_mapping,
     first_of,
+    is_number,
     letter_of,
     lettered,
     listed,
@@ -53,7 +55,7 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
         choices, answers = _as_choice(answers)
     question, boxes = _asked(document, sizes)
     return Sample(
-        id=_id(document, fields, where),
+        id=_id(document, fields, where, is_choice=bool(choices)),
         where=where,
         question=question,
         pictures=pictures,
@@ -67,8 +69,13 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     )
 
 
-def _id(document: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> str:
-    """A log numbers its lines; of documents, the expressions for one object have the same id."""
+def _id(document: Mapping[str, Any], fields: Mapping[str, Any], where: str, *, is_choice: bool) -> str:
+    """A log numbers its lines; of documents, the expressions for one object have the same id.
+
+    The index of a multiple choice goes before: MMBench's says which lines are of one question.
+    """
+    if is_choice and str(document.get("index", "")).isdecimal():
+        return str(document["index"])
     if fields.get("doc_id") is not None:
         return str(fields["doc_id"])
     own = first_of(document, "question_id", "questionId", "id", "index")
@@ -86,7 +93,8 @@ def _asked(document: Mapping[str, Any], sizes: tuple[tuple[int, int], ...]) -> t
     if not sizes:
         raise ValueError("a box needs a picture, there is none")
     width, height = sizes[-1]
-    if isinstance(values, list) and all(isinstance(value, float) and abs(value) <= 1 for value in values):
+    largest_share = 1 + MAX_OVERHANG / min(width, height)
+    if isinstance(values, list) and all(is_number(value) and abs(value) <= largest_share for value in values):
         values = [value * side for value, side in zip(values, (width, height) * 2, strict=False)]
         return expressions[0].strip(), (read_box(values, "xyxy", sizes[-1]),)
     return expressions[0].strip(), (read_box(values, "xywh", sizes[-1]),)

@@ -55,9 +55,8 @@ def list_sample(entry: Any, where: str, options: ReadOptions) -> Sample:
         raise ValueError("nothing says how boxes are written: give --box_format xyxy or xywh, or a field bbox_format")
     if fields.get("bbox") is None:
         raise ValueError("no expected box (bbox)")
-    return _sample(
-        str(fields.get("id", where)), where, question_of(fields, *SENTENCE_FIELDS), fields, box_format, options
-    )
+    name = where if fields.get("id") is None else str(fields["id"])
+    return _sample(name, where, question_of(fields, *SENTENCE_FIELDS), fields, box_format, options)
 
 
 class Expression(NamedTuple):
@@ -137,8 +136,8 @@ def _sample(
 ) -> Sample:
     picture = picture_path(first_of(fields, "image", "file_name", "img_path"), options.picture_root)
     (size,) = options.sizes_of([picture])
-    said = (fields.get("width", size[0]), fields.get("height", size[1]))
-    if said != size:
+    said = (fields.get("width"), fields.get("height"))
+    if any(number not in (None, side) for number, side in zip(said, size, strict=True)):
         raise ValueError(f"{picture} has {size[0]}x{size[1]} pixels, the file says {said[0]}x{said[1]}")
     return Sample(
         id=sample_id,

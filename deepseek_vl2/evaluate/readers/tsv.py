@@ -1,7 +1,7 @@
 """VLMEvalKit's files: tables with tabs, columns index, image, question, answer, A, B, ..., category.
 
 `image` holds a picture as base64, a list of several, or the index of another row whose picture is meant; in place of it
-`image_path` may hold paths.
+`image_path` may hold paths. RefCOCO's file has its box in columns bbox_x1, bbox_y1, bbox_x2, bbox_y2, in pixels.
 """
 
 import base64
@@ -15,8 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepseek_vl2.evaluate.readers.common import ReadOptions, first_of, letter_of, listed, question_of, texts
-from deepseek_vl2.evaluate.samples import PictureSource, Sample
+from deepseek_vl2.evaluate.readers.common import (
+    ReadOptions,
+    first_of,
+    letter_of,
+    listed,
+    question_of,
+    read_box,
+    texts,
+)
+from deepseek_vl2.evaluate.samples import PictureSource, PixelBox, Sample
 from deepseek_vl2.utils.data_files import picture_path
 
 # No picture is that short, and no index that long: VLMEvalKit's own limit.
@@ -25,6 +33,7 @@ _MAX_INDEX_LENGTH = 64
 _MAX_CELL_LENGTH = 2**30
 # What a byte that is not UTF-8 is read as.
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_BOX_COLUMNS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 _DATA_URI = re.compile(r"data:[^,]{0,64};base64,")
 
 
@@ -109,19 +118,34 @@ def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
     if damaged is not None:
         raise ValueError(f"{damaged} is not UTF-8 text")
     pictures = _pictures(row, options)
+    sizes = options.sizes_of(pictures)
     choices = {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
     return Sample(
-        id=cells["index"],
+        id=cells["index"] or where,
         where=where,
         question=question_of(cells, "question"),
         pictures=pictures,
-        sizes=options.sizes_of(pictures),
+        sizes=sizes,
+        boxes=_boxes(cells, sizes),
         answers=tuple(letter_of(answer, choices) for answer in texts(cells.get("answer"))),
         options=choices,
         hint=cells.get("hint") or "",
         category=first_of(cells, "category", "split") or "",
         split=cells.get("split") or "",
     )
+
+
+def _boxes(cells: Mapping[str, str], sizes: tuple[tuple[int, int], ...]) -> tuple[PixelBox, ...] | None:
+    values = [cells.get(name) for name in _BOX_COLUMNS]
+    if not all(values):
+        return None
+    if not sizes:
+        raise ValueError("a box needs a picture, there is none")
+    try:
+        numbers = [float(value or "") for value in values]
+    except ValueError:
+        raise ValueError(f"a box must be four numbers, not {values}") from None
+    return (read_box(numbers, "xyxy", sizes[-1]),)
 
 
 def _pictures(row: TsvRow, options: ReadOptions) -> tuple[PictureSource, ...]:

@@ -67,6 +67,53 @@ def test_what_names_no_option_or_several_is_unreadable(answer):
     assert choose_option(answer, ANIMALS) is None
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A. cat\nB. black cat\nC. dog",  # the options once more
+        "A) cat B) black cat",
+        "A: cat, B: black cat",
+        "(A) cat\n(B) black cat",
+        "A. Cat or C. dog",
+        "A. cat, B. black cat and C. dog",
+        "It is not a dog",
+    ],
+)
+def test_several_options_one_after_the_other_are_no_answer(answer):
+    assert choose_option(answer, ANIMALS) is None
+
+
+def test_one_option_with_its_text_again_and_again_is_an_answer():
+    assert choose_option("C. dog, C. dog, C. dog", ANIMALS) == "C"
+    assert choose_option("C. dog. It is no cat.", ANIMALS) == "C"
+
+
+NUMBERS = {"A": "1", "B": "2", "C": "15"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("There are 2 of them", "B"),
+        ("It costs $15.", "C"),
+        ("about 15, I think", "C"),
+        ("1.7", None),
+        ("about 1,500", None),
+        ("-2", None),
+        ("2/3", None),
+        ("It costs $15,000", None),
+    ],
+)
+def test_a_number_within_another_is_no_option(answer, letter):
+    assert choose_option(answer, NUMBERS) == letter
+
+
+def test_what_is_denied_is_no_option():
+    changes = {"A": "increase", "B": "decrease"}
+    assert choose_option("It will not increase", changes) is None
+    assert choose_option("It will not increase but decrease", changes) == "B"
+
+
 THINGS = {"A": "cat", "B": "dog", "C": "tree", "D": "house"}
 
 

@@ -131,6 +131,17 @@ def test_a_row_of_a_table_that_is_not_utf8_is_named(folder):
     assert [str(problem) for problem in problems] == ["line 3: question is not UTF-8 text"]
 
 
+def test_boxes_of_a_table(folder):
+    """As VLMEvalKit's RefCOCO has them."""
+    row = {"index": "", "image_path": "a.png", "question": "left cat", "answer": "[10, 5, 30, 25]"}
+    corners = {"bbox_x1": "10.0", "bbox_y1": "5", "bbox_x2": "30.5", "bbox_y2": "25"}
+    changes = [{}, {"bbox_x2": "far"}, {"bbox_x2": "70"}, {"image_path": ""}, dict.fromkeys(corners, "")]
+    (first, last), problems = read(folder, "data.tsv", tsv(*(row | corners | change for change in changes)))
+    assert (first.id, first.boxes, last.boxes) == ("line 2", ((10.0, 5.0, 30.5, 25.0),), None)
+    reasons = ("a box must be four numbers", "not within the picture of 60x40", "a box needs a picture")
+    assert all(reason in problem.reason for reason, problem in zip(reasons, problems, strict=True))
+
+
 def test_splits_of_a_table(folder):
     rows = [{"index": n, "question": "q", "answer": "a", "category": "Art", "split": s} for n, s in enumerate("xy")]
     samples, _ = read(folder, "data.tsv", tsv(*rows))
@@ -184,6 +195,12 @@ def test_refcoco_list_says_how_its_boxes_are_written(folder):
     first, second = read(folder, "d.json", json.dumps(entries), "refcoco_list").samples
     assert (first.id, first.question, first.boxes) == ("5", "left cat", ((10, 5, 30, 25),))
     assert (second.where, second.category, second.boxes) == ("entry 2", "testA", ((10, 5, 40, 30),))
+
+
+def test_a_refcoco_list_may_leave_id_and_size_empty(folder):
+    entries = [{**ENTRY, "bbox_format": "xyxy", "id": None, "width": None}] * 2
+    samples, problems = read(folder, "d.json", json.dumps(entries), "refcoco_list")
+    assert ([sample.id for sample in samples], problems) == (["entry 1", "entry 2"], [])
 
 
 @pytest.mark.parametrize("is_list", [True, False])
@@ -350,12 +367,33 @@ def test_open_questions_of_mmmu_are_asked_beside_other_answers(folder):
     assert (sample.answers, sample.split) == (("A", "B"), "validation")
 
 
-@pytest.mark.parametrize("bbox", [[0.25, 0.5, 0.75, 1.0], [15, 20, 30, 20]])
+@pytest.mark.parametrize("bbox", [[0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 0.75, 1], [15, 20, 30, 20]])
 def test_referring_expressions_of_lmms_eval(folder, bbox):
     document = {"question": "Give the box.", "answer": "the red one", "bbox": bbox, "image": "a.png"}
     (sample,), problems = read(folder, "data.jsonl", lines({"doc_id": 1, "doc": document}), "lmms_eval")
     assert problems == []
     assert (sample.question, sample.boxes) == ("the red one", ((15.0, 20.0, 45.0, 40.0),))
+
+
+def test_shares_that_end_a_fraction_of_a_pixel_outside_are_no_pixels(folder):
+    document = {"answer": "the red one", "bbox": [0, 0.5, 1.005, 1.01], "image": "a.png"}
+    (sample,), _ = read(folder, "data.jsonl", lines({"doc": document}), "lmms_eval")
+    assert sample.boxes == ((0.0, 20.0, pytest.approx(60.3), pytest.approx(40.4)),)
+
+
+@pytest.mark.parametrize("is_log", [True, False])
+def test_a_question_in_another_order_of_its_options_keeps_its_index(folder, is_log):
+    """MMBench's CircularEval counts both as one."""
+    document = {"question": "Which?", "A": "cat", "B": "dog", "answer": "A", "image": "a.png"}
+    documents = [document | {"index": index} for index in (5, 1000005)]
+    content = lines(*({"doc_id": number, "doc": doc} if is_log else doc for number, doc in enumerate(documents)))
+    samples, problems = read(folder, "data.jsonl", content, "lmms_eval")
+    assert ([sample.id for sample in samples], problems) == (["5", "1000005"], [])
+
+
+def test_an_index_of_other_questions_does_not_go_before_the_number_of_the_log(folder):
+    content = lines(*({"doc_id": n, "doc": {"index": 7, "question": "What?", "answer": "x"}} for n in (0, 1)))
+    assert [sample.id for sample in read(folder, "data.jsonl", content, "lmms_eval").samples] == ["0", "1"]
 
 
 @pytest.mark.parametrize(("numbers", "ids"), [((0, 1), ["0", "1"]), ((None, None), ["line 1", "line 2"])])
@@ -437,7 +475,7 @@ def test_conversations(folder):
     assert (first.id, first.question, first.category) == ("one", "Where?", "c")
     assert (first.answers, first.boxes) == (("left",), ((1, 2, 30, 20),))
     assert first.messages == ({**QUESTION, "images": [str(folder / "a.png")]},)
-    assert (second.where, second.answers, second.boxes) == ("line 2", (GROUNDED,), ((0, 0, 60, 20),))
+    assert (second.where, second.answers, second.boxes) == ("line 2", (GROUNDED,), ((0, 0, WIDTH, 500 / 999 * HEIGHT),))
     assert third.messages[0]["content"] == "<image>\nWhere?"  # the mark is put in front
     assert (third.answers, third.options, third.boxes) == (("A", "2"), {"A": "x"}, None)
     assert (fourth.question, len(fourth.messages), fourth.sizes) == ("Sure?", 3, ((WIDTH, HEIGHT),))
@@ -599,6 +637,7 @@ def test_the_form_is_named_where_the_ending_does_not_say_it(tmp_path):
         ("a, b", ["a, b"]),
         ((1, 2), [1, 2]),
         (0, [0]),
+        ("[{[1]: 2}]", ["[{[1]: 2}]"]),  # no value of Python
     ],
 )
 def test_lists_in_cells(cell, entries):

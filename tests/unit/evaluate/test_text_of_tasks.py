@@ -123,11 +123,40 @@ def test_judgements(task, asked, answer, score, is_readable):
 def test_a_judgement_says_what_it_read():
     assert TASKS["mmbench"].judge(choice(), "(A) it is").understood == "A"
     judged = TASKS["refcoco"].judge(sample(boxes=((20, 20, 100, 60),)), BOX)
-    assert judged.boxes == ((20, 20, 100, 60),)
-    assert judged.iou == pytest.approx(1.0)
+    assert judged.boxes == ((100 / 999 * 200, 200 / 999 * 100, 500 / 999 * 200, 600 / 999 * 100),)
+    assert judged.iou == pytest.approx(0.9965, abs=1e-4)  # by hand: 3,197.6 of 3,208.8 square pixels
     judged = TASKS["grounding_f1"].judge(sample(boxes=((20, 20, 100, 60), (150, 50, 200, 100))), TWO)
     assert judged.counts == (1, 2, 2)
-    assert judged.iou == pytest.approx(0.5)  # by hand: one box met exactly, one not at all
+    assert judged.iou == pytest.approx(0.4983, abs=1e-4)  # the mean of that and of none
+
+
+def test_boxes_are_not_rounded_to_pixels_before_they_are_compared():
+    """On a small picture that would cost a quarter of the IoU."""
+    expected = (46.71, 102.66, 55.09, 108.85)
+    asked = sample(boxes=(expected,), sizes=((112, 112),))
+    judged = TASKS["refcoco"].judge(asked, "<|ref|>x<|/ref|><|det|>[[416, 916, 486, 970]]<|/det|>")
+    assert judged.iou == pytest.approx(0.9, abs=1e-3)  # 47.1 of 52.3 square pixels
+
+
+def test_mmmu_gets_its_pictures_in_the_order_in_which_they_are_named():
+    names, sizes = ("a.png", "b.png", "c.png"), ((1, 1), (2, 2), (3, 3))
+    asked = choice(
+        hint="See <image 2>.",
+        question="Compare <image 2> with <image 1>.",
+        options={"A": "<image 2>", "B": "none"},
+        pictures=names,
+        sizes=sizes,
+    )
+    arranged = TASKS["mmmu"].arrange(asked)
+    assert arranged.hint == "See <image 1>." and arranged.question == "Compare <image 2> with <image 3>."
+    assert arranged.options == {"A": "<image 4>", "B": "none"}
+    assert arranged.pictures == ("b.png", "b.png", "a.png", "b.png")
+    assert arranged.sizes == ((2, 2), (2, 2), (1, 1), (2, 2))
+    unnamed = choice(pictures=names, sizes=sizes)
+    assert TASKS["mmmu"].arrange(unnamed) == unnamed
+    assert TASKS["mmbench"].arrange(asked) == asked
+    with pytest.raises(ValueError, match=r"<image 4> is named, and there are 3 picture\(s\)"):
+        TASKS["mmmu"].check(choice(question="What is in <image 4>?", pictures=names, sizes=sizes))
     assert TASKS["grounding_f1"].judge(sample(boxes=()), TWO).iou is None
 
 

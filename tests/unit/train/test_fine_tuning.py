@@ -125,6 +125,12 @@ def test_accumulated_batches_equal_one_large_batch(checkpoint, train_file, tmp_p
         assert abs(without[-1] - large[-1]) > 1e-3  # the weight of the balancing loss is felt
 
 
+@pytest.mark.parametrize(("variant", "is_said"), [("mla_greedy", False), ("mla_noaux", True)])
+def test_a_balancing_loss_that_routers_do_not_have_is_said(checkpoint, train_file, tmp_path, caplog, variant, is_said):
+    train(settings(train_file, checkpoint(variant), tmp_path, **FULL, aux_loss_alpha=0.5, max_steps=1))
+    assert ("aux_loss_alpha 0.5 has no effect" in caplog.text) is is_said
+
+
 def test_recomputed_activations_change_nothing(checkpoint, train_file, tmp_path):
     options = {**FULL, "max_steps": 3}
     kept = run(settings(train_file, checkpoint("mla_noaux"), tmp_path / "a", **options))
@@ -284,6 +290,9 @@ def test_going_on_with_other_settings_is_refused(checkpoint, train_file, tmp_pat
         train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options | {"learning_rate": 0.5}))
     with pytest.raises(ValueError, match=r"resume: never, but .* holds checkpoint-1; take another output_dir"):
         train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options, resume="never"))
+    (tmp_path / "checkpoint-1").rename(tmp_path / "checkpoint-best")
+    with pytest.raises(ValueError, match=r"holds checkpoint-best, which is no checkpoint of this run"):
+        train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options))
 
 
 @pytest.mark.parametrize("name", ["train_file", "eval_file"])
