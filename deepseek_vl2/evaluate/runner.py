@@ -135,7 +135,7 @@ def make_record(sample: Sample, answer: str, task: Task) -> dict[str, Any]:
         "score": round(judgement.score, 6),
     }
     optional: Mapping[str, Any] = {
-        "boxes": judgement.boxes or None,
+        "boxes": [[round(value, 2) for value in box] for box in judgement.boxes] or None,
         "iou": None if judgement.iou is None else round(judgement.iou, 6),
         "counts": judgement.counts,
     }
