@@ -110,7 +110,7 @@ def set_threads(num_threads: int | None) -> int:
 
 
 def weights_kind(quantize: str | None, model: Any) -> str:
-    """How a model's weights are stored, a key of `model_size.BYTES_PER_WEIGHT`."""
+    """How a model's weights are stored, one of `model_size.WEIGHT_KINDS`."""
     unquantized = "float32" if model.dtype == torch.float32 else "bfloat16"
     return quantize or own_quantization(model.config) or unquantized
 

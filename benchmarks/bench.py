@@ -26,7 +26,7 @@ class Bench:
 
     Attributes:
         loaded: Model, processor and tokenizer.
-        weights: How weights are stored, a key of `model_size.BYTES_PER_WEIGHT`.
+        weights: How weights are stored, one of `model_size.WEIGHT_KINDS`.
         limits: Probes of the machine.
         repeats: How often each work is timed.
         num_new_tokens: Tokens to decode each time.

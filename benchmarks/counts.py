@@ -6,9 +6,7 @@ FLOP count multiplications and additions, so twice the weights for each token, a
 from typing import Any
 
 from deepseek_vl2.models import DeepseekVLV2Config
-from deepseek_vl2.utils.model_size import BYTES_PER_WEIGHT, active_weights_by_part, cache_bytes_per_token
-
-ROUTER_BYTES = 2  # it stays exact when the rest is quantised
+from deepseek_vl2.utils.model_size import active_weights_by_part, cache_bytes_per_token, weight_bytes_by_part
 
 
 def vision_flop(config: DeepseekVLV2Config, num_views: int) -> int:
@@ -55,14 +53,14 @@ def decode_bytes(config: DeepseekVLV2Config, num_cached: int, weights: str = "bf
     Args:
         config: The model's.
         num_cached: Tokens in the cache of each row.
-        weights: A key of `model_size.BYTES_PER_WEIGHT`.
+        weights: One of `model_size.WEIGHT_KINDS`.
         num_rows: Rows decoded together, each of which chooses its experts by chance.
     """
-    active = active_weights_by_part(config)
+    sizes = weight_bytes_by_part(config, weights)
     language: Any = config.language_config
-    if language.n_routed_experts:
-        share = language.num_experts_per_tok / language.n_routed_experts
-        active["experts"] = round(active["experts"] / share * (1 - (1 - share) ** num_rows))
-    router = active.pop("router")
+    output = "embeddings" if language.tie_word_embeddings else "lm_head"
+    always = sum(sizes[part] for part in ("attention", "dense_mlp", "router", "shared_experts", output))
+    chosen_share = language.num_experts_per_tok / language.n_routed_experts if language.n_routed_experts else 1.0
+    hit_share = 1 - (1 - chosen_share) ** num_rows
     cache = num_rows * num_cached * cache_bytes_per_token(config)
-    return round(sum(active.values()) * BYTES_PER_WEIGHT[weights] + router * ROUTER_BYTES) + cache
+    return always + round(sizes["experts"] * hit_share) + cache

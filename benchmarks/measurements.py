@@ -10,7 +10,7 @@ from benchmarks.counts import decode_bytes, prefill_flop, projector_flop, vision
 from benchmarks.memory import cache_bytes, peak_resident_bytes, reset_peak, weight_bytes_by_part
 from benchmarks.results import Figure
 from benchmarks.timing import Timing, measure, seconds_of, synchronize
-from deepseek_vl2.utils.model_size import BYTES_PER_WEIGHT, cache_bytes_per_token
+from deepseek_vl2.utils.model_size import WEIGHT_KINDS, cache_bytes_per_token
 
 BATCH_SIZES = (1, 2, 4, 8)
 BATCH_PROMPT_TOKENS = 128
@@ -39,7 +39,7 @@ def measure_limits(bench: Bench) -> list[Figure]:
         Figure("limit_product", product / GFLOP, "GFLOP/s"),
     ]
     num_cached = bench.prepare().input_ids.shape[1]
-    for weights in BYTES_PER_WEIGHT:
+    for weights in WEIGHT_KINDS:
         rate = read / decode_bytes(bench.config, num_cached, weights)
         figures.append(Figure(f"limit_decode_{weights}", rate, "tokens/s"))
     return figures

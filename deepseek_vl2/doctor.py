@@ -129,7 +129,7 @@ def fit_of(
     Args:
         config: The model's.
         name: How to call it.
-        weights: A key of `model_size.BYTES_PER_WEIGHT`.
+        weights: One of `model_size.WEIGHT_KINDS`.
         free: Bytes of memory that it may take.
         num_bytes: What the weights take, if that is known better than by their kind.
 

@@ -16,9 +16,8 @@ from deepseek_vl2.models.quantization import QUANTIZATIONS
 
 PUBLISHED_SIZES = ("tiny", "small", "base")
 PUBLISHED_CONFIGS = Path(models.__file__).parent / "published_configs"
-# What a weight of a linear layer takes, its share of the scales included: of int8 one scale a row, which rounds to
-# nothing; of int4 a scale and a zero in 16 bits for 64 weights.
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
+# How weights may be held, largest first.
+WEIGHT_KINDS = ("float32", "bfloat16", *QUANTIZATIONS)
 # Parts by what their checkpoint keys hold; the first that matches counts.
 _PARTS = (
     ("vision", r"^vision\."),
@@ -101,21 +100,26 @@ def active_weights_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
 
 
 def weight_bytes(config: DeepseekVLV2Config, weights: str) -> int:
-    """Bytes of all weights.
+    """Bytes of all weights; see `weight_bytes_by_part`."""
+    return sum(weight_bytes_by_part(config, weights).values())
+
+
+def weight_bytes_by_part(config: DeepseekVLV2Config, weights: str) -> dict[str, int]:
+    """Bytes of the weights of each part in `PARTS`, their scales included.
 
     Args:
         config: The model's.
-        weights: A key of `BYTES_PER_WEIGHT`. What stays exact under int8 and int4 counts as bfloat16.
+        weights: One of `WEIGHT_KINDS`. What stays exact under int8 and int4 counts as bfloat16.
     """
     quantization = WeightOnlyConfig(QUANTIZATIONS[weights]) if weights in QUANTIZATIONS else None
-    exact = BYTES_PER_WEIGHT["bfloat16" if quantization else weights]
-    total = 0
+    exact = 4 if weights == "float32" else 2
+    sizes = Counter(dict.fromkeys(PARTS, 0))
     for name, shape in checkpoint_shapes(config).items():
         if quantization and is_quantized(name, shape):
-            total += quantized_bytes(name, shape, quantization)
+            sizes[part_of(name)] += quantized_bytes(name, shape, quantization)
         else:
-            total += round(math.prod(shape) * exact)
-    return total
+            sizes[part_of(name)] += math.prod(shape) * exact
+    return dict(sizes)
 
 
 def cache_bytes_per_token(config: DeepseekVLV2Config, bytes_per_number: int = 2) -> int:

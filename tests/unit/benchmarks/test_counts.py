@@ -41,10 +41,20 @@ def test_decoding_tiny_reads_its_active_weights():
     config = published_config("tiny")
     router = active_weights_by_part(config)["router"]
     assert decode_bytes(config, 0) == 2 * (573_194_240 + router)
-    assert decode_bytes(config, 0, "int8") == 573_194_240 + 2 * router
+    # Each output has a scale: of attention, the dense layer, shared and chosen experts, and the output layer.
+    num_outputs = 12 * 4 * 1280 + (2 * 6848 + 1280) + 11 * (2 * 1792 + 1280) + 11 * 6 * (2 * 896 + 1280) + 129280
+    assert decode_bytes(config, 0, "int8") == 573_194_240 + 2 * router + 2 * num_outputs
     # 44 GB/s make 38 tokens/s in bfloat16 and 76 in int8.
     assert round(44e9 / decode_bytes(config, 0)) == 38
-    assert round(44e9 / decode_bytes(config, 0, "int8")) == 77
+    assert round(44e9 / decode_bytes(config, 0, "int8")) == 76
+
+
+def test_decoding_in_int4_reads_some_layers_in_8_bits():
+    config = published_config("tiny")
+    router, eight_bits = 11 * 64 * 1280, 12 * 3 * 1280**2 + 3 * 1280 * 6848  # queries, keys, outputs; the dense layer
+    scales = 2 * (12 * 3 * 1280 + 2 * 6848 + 1280)
+    four_bits = 573_194_240 - eight_bits
+    assert decode_bytes(config, 0, "int4") == eight_bits + scales + four_bits * (4 + 32 / 64) / 8 + 2 * router
 
 
 def test_decoding_reads_the_cache():
