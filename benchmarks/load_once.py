@@ -50,7 +50,7 @@ def measure_load(options: argparse.Namespace, limits: Limits, num_threads: int, 
     """
     files = check_weight_files(Path(checkpoint_folder(resolve_model_path(options.model_path))))
     num_loads = 1 if files.num_bytes > LARGE_BYTES else repeats
-    loads = [_load_in_a_process(options, num_threads) for _ in range(num_loads)]
+    loads = [load_in_a_process(options, num_threads) for _ in range(num_loads)]
     seconds, peak, imported, stored = (
         median(load[name] for load in loads) for name in ("seconds", "peak_bytes", "import_bytes", "weight_bytes")
     )
@@ -64,7 +64,15 @@ def measure_load(options: argparse.Namespace, limits: Limits, num_threads: int, 
     ]
 
 
-def _load_in_a_process(options: argparse.Namespace, num_threads: int) -> dict[str, float]:
+def load_in_a_process(options: argparse.Namespace, num_threads: int) -> dict[str, float]:
+    """Loads the model in a fresh process.
+
+    Returns:
+        `seconds`, `peak_bytes` of the process, `import_bytes` that it held before, `weight_bytes`.
+
+    Raises:
+        ValueError: Loading failed; the message is the loader's.
+    """
     command = [sys.executable, "-m", "benchmarks.load_once", "--model_path", resolve_model_path(options.model_path)]
     command += ["--device", options.device, "--threads", str(num_threads)]
     for name in ("dtype", "quantize"):

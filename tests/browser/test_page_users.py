@@ -48,6 +48,8 @@ def test_stop_during_prefill_frees_the_model_at_once(visit, demo, slow_model, im
     visitor.send(DESCRIBE, images / "visual_grounding_1.jpeg")
     wait_until(lambda: demo.engine.num_running == 1)
     assert visitor.page.locator("#chat .message.bot:not(.html)").count() == 0
+    # The box is emptied when the question is taken; what is written before that would go with it.
+    visitor.page.wait_for_function("document.querySelector('#question textarea').value === ''")
     visitor.textarea.fill("And then?")  # written while waiting
     visitor.page.locator("#question .stop-button").click()
     wait_until(lambda: demo.engine.num_running == 0, timeout=12)  # the first token would take 15 s
