@@ -6,7 +6,7 @@ FLOP count multiplications and additions, so twice the weights for each token, a
 from typing import Any
 
 from deepseek_vl2.models import DeepseekVLV2Config
-from deepseek_vl2.utils.model_size import active_weights_by_part, cache_bytes_per_token, weight_bytes_by_part
+from deepseek_vl2.utils.model_size import active_of, active_weights_by_part, bytes_by_part, cache_bytes_per_token
 
 
 def vision_flop(config: DeepseekVLV2Config, num_views: int) -> int:
@@ -56,11 +56,5 @@ def decode_bytes(config: DeepseekVLV2Config, num_cached: int, weights: str = "bf
         weights: One of `model_size.WEIGHT_KINDS`.
         num_rows: Rows decoded together, each of which chooses its experts by chance.
     """
-    sizes = weight_bytes_by_part(config, weights)
-    language: Any = config.language_config
-    output = "embeddings" if language.tie_word_embeddings else "lm_head"
-    always = sum(sizes[part] for part in ("attention", "dense_mlp", "router", "shared_experts", output))
-    chosen_share = language.num_experts_per_tok / language.n_routed_experts if language.n_routed_experts else 1.0
-    hit_share = 1 - (1 - chosen_share) ** num_rows
-    cache = num_rows * num_cached * cache_bytes_per_token(config)
-    return always + round(sizes["experts"] * hit_share) + cache
+    read = active_of(bytes_by_part(config, weights), config, num_rows)
+    return sum(read.values()) + num_rows * num_cached * cache_bytes_per_token(config)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,31 @@ def parameters_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
 
 def active_weights_by_part(config: DeepseekVLV2Config) -> dict[str, int]:
     """Weights of each part of the language model that one decoded token is multiplied with."""
+    return active_of(parameters_by_part(config), config)
+
+
+def active_of(amounts: Mapping[str, int], config: DeepseekVLV2Config, num_rows: int = 1) -> dict[str, int]:
+    """What one decoding step needs of each part of the language model.
+
+    Args:
+        amounts: Weights or bytes of each part in `PARTS`.
+        config: The model's.
+        num_rows: Rows decoded together, each of which chooses its experts by chance.
+    """
     language = config.language_config
-    counts = parameters_by_part(config)
-    active = {part: counts[part] for part in ("attention", "dense_mlp", "router", "shared_experts", "lm_head")}
-    if language.tie_word_embeddings:
-        active["lm_head"] = counts["embeddings"]
-    active["experts"] = counts["experts"]
-    if language.n_routed_experts:
-        active["experts"] = counts["experts"] * language.num_experts_per_tok // language.n_routed_experts
+    active = {part: amounts[part] for part in ("attention", "dense_mlp", "router", "shared_experts")}
+    active["lm_head"] = amounts["embeddings" if language.tie_word_embeddings else "lm_head"]
+    chosen_share = language.num_experts_per_tok / language.n_routed_experts if language.n_routed_experts else 1.0
+    active["experts"] = round(amounts["experts"] * (1 - (1 - chosen_share) ** num_rows))
     return active
 
 
 def weight_bytes(config: DeepseekVLV2Config, weights: str) -> int:
-    """Bytes of all weights; see `weight_bytes_by_part`."""
-    return sum(weight_bytes_by_part(config, weights).values())
+    """Bytes of all weights; see `bytes_by_part`."""
+    return sum(bytes_by_part(config, weights).values())
 
 
-def weight_bytes_by_part(config: DeepseekVLV2Config, weights: str) -> dict[str, int]:
+def bytes_by_part(config: DeepseekVLV2Config, weights: str) -> dict[str, int]:
     """Bytes of the weights of each part in `PARTS`, their scales included.
 
     Args:

@@ -161,6 +161,11 @@ def first_of(fields: Mapping[str, Any], *names: str) -> Any:
     return next((fields[name] for name in names if fields.get(name) not in (None, "", [])), None)
 
 
+def id_of(fields: Mapping[str, Any], where: str) -> str:
+    """The field `id`, or the place in the file where there is none."""
+    return where if fields.get("id") is None else str(fields["id"])
+
+
 def question_of(fields: Mapping[str, Any], *names: str) -> str:
     """The question.
 

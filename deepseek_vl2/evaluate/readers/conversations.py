@@ -17,6 +17,7 @@ from deepseek_vl2.evaluate.readers.common import (
     ReadOptions,
     as_mapping,
     first_of,
+    id_of,
     letter_of,
     lettered,
     read_box,
@@ -57,7 +58,7 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
     choices = lettered(fields.get("options"))
     answers = texts(first_of(fields, "answers", "answer"), reads_text=False) or ((last_answer,) if last_answer else ())
     return Sample(
-        id=where if fields.get("id") is None else str(fields["id"]),
+        id=id_of(fields, where),
         where=where,
         question=asked[-1]["content"].replace(IMAGE, "").strip(),
         pictures=pictures,

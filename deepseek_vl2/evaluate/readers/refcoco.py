@@ -16,6 +16,7 @@ from deepseek_vl2.evaluate.readers.common import (
     ReadOptions,
     as_mapping,
     first_of,
+    id_of,
     json_lines,
     question_of,
     read_box,
@@ -55,8 +56,7 @@ def list_sample(entry: Any, where: str, options: ReadOptions) -> Sample:
         raise ValueError("nothing says how boxes are written: give --box_format xyxy or xywh, or a field bbox_format")
     if fields.get("bbox") is None:
         raise ValueError("no expected box (bbox)")
-    name = where if fields.get("id") is None else str(fields["id"])
-    return _sample(name, where, question_of(fields, *SENTENCE_FIELDS), fields, box_format, options)
+    return _sample(id_of(fields, where), where, question_of(fields, *SENTENCE_FIELDS), fields, box_format, options)
 
 
 class Expression(NamedTuple):
