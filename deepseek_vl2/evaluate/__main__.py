@@ -84,9 +84,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         check_quantization(options.quantize, resolve_device(options.device).type)
     settings = run_settings(options)
     data = read_samples(
-        options.data, settings["format"], task.check, options.picture_root, options.box_format, options.limit
+        options.data, settings["format"], task.prepare, options.picture_root, options.box_format, options.limit
     )
-    samples, num_skipped = leave_out([*map(task.arrange, data.samples)], data.problems, options.skip_bad)
+    samples, num_skipped = leave_out(data.samples, data.problems, options.skip_bad)
     with lock_folder(options.output):
         begin_or_resume(options.output, settings, PREDICTIONS_FILE)
         return _ask_and_report(options, task, settings, samples, num_skipped)

@@ -135,13 +135,21 @@ class Task:
     picture_scale: int = 1
     is_circular: bool = False
 
+    def prepare(self, sample: Sample) -> Sample:
+        """The sample as it is asked about.
+
+        Raises:
+            ValueError: see `check` and `arrange`.
+        """
+        self.check(sample)
+        return self.arrange(sample)
+
     def check(self, sample: Sample) -> None:
         """Refuses a sample that this task cannot judge.
 
         Raises:
-            ValueError: something that `needs` names is missing, or the picture; and see `arrange`.
+            ValueError: something that `needs` names is missing, or the picture.
         """
-        self.arrange(sample)
         if self.needs_picture and not sample.pictures:
             raise ValueError(
                 "no picture (image, image_path, images, or image_1, image_2, ...), and this task asks about one; "

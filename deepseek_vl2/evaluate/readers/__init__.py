@@ -60,7 +60,7 @@ def choose_format(path: Path, name: str | None = None) -> str:
 def read_samples(
     path: Path,
     format_name: str,
-    check: Callable[[Sample], None],
+    prepare: Callable[[Sample], Sample],
     picture_root: Path | None = None,
     box_format: BoxFormat | None = None,
     limit: int | None = None,
@@ -70,7 +70,7 @@ def read_samples(
     Args:
         path: the file.
         format_name: key of `FORMATS`.
-        check: refuses samples by a ValueError; see `Task.check`.
+        prepare: sample -> sample as it is asked about; refuses some by a ValueError; see `Task.prepare`.
         picture_root: what paths of pictures are relative to; by default the file's folder.
         box_format: of `refcoco_list` files that do not say it.
         limit: stop after so many samples.
@@ -85,8 +85,7 @@ def read_samples(
     problems: list[BadEntry] = []
     for where, entry in tqdm(reader.entries(path), desc=f"Read {path.name}", unit="entry"):
         try:
-            sample = reader.build(entry, where, options)
-            check(sample)
+            sample = prepare(reader.build(entry, where, options))
             if sample.id in samples:
                 raise ValueError(f"the id {sample.id!r} is that of {samples[sample.id].where}, too")
         except (ValueError, OSError) as error:

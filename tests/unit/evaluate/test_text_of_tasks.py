@@ -156,7 +156,7 @@ def test_mmmu_gets_its_pictures_in_the_order_in_which_they_are_named():
     assert TASKS["mmmu"].arrange(unnamed) == unnamed
     assert TASKS["mmbench"].arrange(asked) == asked
     with pytest.raises(ValueError, match=r"<image 4> is named, and there are 3 picture\(s\)"):
-        TASKS["mmmu"].check(choice(question="What is in <image 4>?", pictures=names, sizes=sizes))
+        TASKS["mmmu"].prepare(choice(question="What is in <image 4>?", pictures=names, sizes=sizes))
     assert TASKS["grounding_f1"].judge(sample(boxes=()), TWO).iou is None
 
 

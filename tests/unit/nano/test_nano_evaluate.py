@@ -76,7 +76,7 @@ def test_the_expected_answer_is_judged_right_and_has_room(tmp_path, task):
     examples = [example_at(EVAL_SPLIT, index, task) for index in range(NUM_EXAMPLES)]
     path = write_examples(examples, tmp_path)
     judge = JUDGES[TASKS[task].judge]
-    data = read_samples(path, "conversations", judge.check)
+    data = read_samples(path, "conversations", judge.prepare)
     assert not data.problems and len(data.samples) == NUM_EXAMPLES
     tokenizer = nano_processor().tokenizer
     for example, sample in zip(examples, data.samples, strict=True):
