@@ -15,10 +15,10 @@ import torch
 
 import deepseek_vl2.nano.__main__ as command
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.nano import train
+from deepseek_vl2.nano import architecture, train
 from deepseek_vl2.nano.train import STAGES, NanoTrainer, StageSettings, TrainingSettings
 
-# The undisturbed training that most tests look at takes half a minute: one worker of pytest-xdist does it once.
+# The undisturbed training that most tests look at takes a while: one worker of pytest-xdist does it once.
 pytestmark = pytest.mark.xdist_group("nano_train")
 
 NUM_BATCHES = 3
@@ -40,11 +40,41 @@ class StoppedError(Exception):
     """Stands for a kill."""
 
 
+def make_nano_narrow(patch):
+    """Gives nano a quarter of its width and of its experts: its stages and states are the same, and far quicker."""
+    whole = architecture.nano_config
+
+    def narrow(tokenizer):
+        config = whole(tokenizer)
+        vision, language = config.vision_config, config.language_config
+        vision.layers, vision.heads = 2, 2
+        language.intermediate_size, language.moe_intermediate_size, language.n_routed_experts = 64, 16, 4
+        language.num_attention_heads = language.num_key_value_heads = 2
+        language.kv_lora_rank = 24
+        return config
+
+    patch.setattr(architecture, "WIDTH", 48)
+    patch.setattr(architecture, "nano_config", narrow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_nano():
+    with pytest.MonkeyPatch.context() as patch:
+        make_nano_narrow(patch)
+        yield
+
+
 def small_settings(**changes):
     settings = TrainingSettings().scaled(0.0001)
-    stages = {name: replace(getattr(settings, name), num_batches=NUM_BATCHES, batch_size=4) for name in STAGES}
+    stages = {name: replace(getattr(settings, name), num_batches=NUM_BATCHES, batch_size=2) for name in STAGES}
     small = {**stages, "tokens_a_row": 60, "num_threads": 1, "save_every": 2}
     return replace(settings, **(small | changes))
+
+
+def settings_of(*stages, **changes):
+    """Small settings in which all other stages are left out."""
+    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES if name not in stages}
+    return small_settings(**none, **changes)
 
 
 def weights(trainer):
@@ -77,7 +107,7 @@ def run(folder, monkeypatch, most_steps=None, settings=None, num_rounds=1):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(narrow_nano, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_EVERY", 1)
@@ -121,20 +151,20 @@ def test_everything_else_learns(undisturbed):
     assert {name for name in unmoved if ".experts." not in name and "targets" not in name} == set()
 
 
-def test_stopped_after_any_batch_and_gone_on_ends_at_the_same_bits(undisturbed, tmp_path, monkeypatch):
-    """Started anew after every batch once. A stage's first batch is not kept: it is learnt again."""
+def test_stopped_anywhere_and_gone_on_ends_at_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    """Stopped after a batch that is kept, after one that is not and is learnt again, and between stages."""
     learnt = []
-    for most_steps in (*(1, 2, 1) * (len(STAGES) - 1), 1, 2):
+    for most_steps in (5, 2, 3, 5, 2, 3, 5, 2):
         learnt += run(tmp_path, monkeypatch, most_steps)[1]
     trainer, stages, _ = run(tmp_path, monkeypatch)
-    assert learnt + stages == [name for name in STAGES for _ in range(NUM_BATCHES + 1)]
+    times = {name: NUM_BATCHES + (number % 3 == 2) for number, name in enumerate(STAGES)}
+    assert learnt + stages == [name for name in STAGES for _ in range(times[name])]
     assert is_same(weights(trainer), weights(undisturbed[1]))
     assert is_same(trainer.final_weights(), undisturbed[1].final_weights())
 
 
 def test_the_end_is_the_mean_of_the_last_two_stages(tmp_path, monkeypatch):
-    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES[:-2]}
-    settings = small_settings(**none, save_every=100)
+    settings = settings_of("finish", "counts", save_every=100)
     early, stages, _ = run(tmp_path, monkeypatch, NUM_BATCHES, settings)
     assert stages == ["finish"] * NUM_BATCHES
     assert is_same(early.final_weights(), early.averaged["model"])
@@ -186,9 +216,10 @@ def test_a_finished_run_stays_as_it_is(undisturbed, monkeypatch):
 RUN_AND_BE_KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
-from test_nano_train import NanoTrainer, small_settings
+from test_nano_train import NanoTrainer, make_nano_narrow, pytest, settings_of
 
-trainer = NanoTrainer(small_settings(), pathlib.Path(sys.argv[2]))
+make_nano_narrow(pytest.MonkeyPatch())
+trainer = NanoTrainer(settings_of("answers", "together"), pathlib.Path(sys.argv[2]))
 step = trainer.step
 
 def step_or_die(batch):
@@ -201,17 +232,19 @@ trainer.run()
 """
 
 
-def test_a_killed_process_goes_on_at_the_same_bits(undisturbed, tmp_path, repository, monkeypatch):
+def test_a_killed_process_goes_on_at_the_same_bits(tmp_path, repository, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     command_line = [sys.executable, "-c", RUN_AND_BE_KILLED, str(Path(__file__).parent), str(tmp_path / "run")]
     errors = tmp_path / "errors.txt"  # not a pipe, which the process that draws batches would hold open for a while
     with errors.open("w") as file:
         done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=300)
     assert done.returncode == -signal.SIGKILL, errors.read_text()
-    trainer, stages, _ = run(tmp_path / "run", monkeypatch)
-    later = STAGES[STAGES.index("answers") + 1 :]
-    assert stages == ["answers"] + [name for name in later for _ in range(NUM_BATCHES)]
-    assert is_same(weights(trainer), weights(undisturbed[1]))
+    settings = settings_of("answers", "together")
+    trainer, stages, _ = run(tmp_path / "run", monkeypatch, settings=settings)
+    assert stages == ["answers"] + ["together"] * NUM_BATCHES
+    whole, stages, _ = run(tmp_path / "whole", monkeypatch, settings=settings)
+    assert len(stages) == 2 * NUM_BATCHES
+    assert is_same(weights(trainer), weights(whole))
 
 
 def test_a_half_written_state_is_never_seen(tmp_path, monkeypatch):
@@ -258,7 +291,6 @@ def test_checkpoint_is_the_final_model_in_bfloat16(undisturbed, tmp_path):
         found = loaded.state_dict()[name]
         assert torch.equal(found, tensor.to(found.dtype)), name
     assert DeepseekVLV2Processor.from_pretrained(tmp_path).image_size == 112
-    assert (tmp_path / "model.safetensors").stat().st_size <= 15_000_000
 
 
 @pytest.mark.parametrize("name", ["dense_letters", "dense_first_places"])
@@ -354,8 +386,7 @@ def test_growing_starts_from_an_earlier_edition_and_takes_the_shorter_way(tmp_pa
 
 
 def test_the_tower_that_print_is_learnt_beside_stays_the_same_when_going_on(tmp_path, monkeypatch):
-    none = {name: replace(getattr(small_settings(), name), num_batches=0) for name in STAGES if name != "print"}
-    settings = small_settings(**none, save_every=1)
+    settings = settings_of("print", save_every=1)
     trainer, stages, _ = run(tmp_path, monkeypatch, 2, settings)
     assert stages == ["print"] * 2
     before = {name: tensor.clone() for name, tensor in trainer.earlier.state_dict().items()}
