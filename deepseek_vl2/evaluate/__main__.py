@@ -18,13 +18,14 @@ from deepseek_vl2.evaluate.results import format_table, summarize_run
 from deepseek_vl2.evaluate.runner import Asker, find_too_long, run
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import MAX_NEW_TOKENS, TASKS, Task
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.generation import check_chunk_size
 from deepseek_vl2.models.quantization import check_quantization
 from deepseek_vl2.utils.command_line import DTYPES, QUANTIZATIONS, OneLineParser
 from deepseek_vl2.utils.data_files import write_whole
 from deepseek_vl2.utils.errors import run_command
 from deepseek_vl2.utils.hardware import use_chosen_num_threads
-from deepseek_vl2.utils.io import dtype_name, load_pretrained_model, resolve_device
+from deepseek_vl2.utils.io import dtype_name, load_pretrained_model, load_processor, resolve_device
 from deepseek_vl2.utils.run_folder import begin_or_resume, file_digest, lock_folder, model_digest
 
 PROGRAM = "python -m deepseek_vl2.evaluate"
@@ -95,11 +96,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _ask_and_report(
     options: argparse.Namespace, task: Task, settings: dict[str, Any], samples: list[Sample], num_skipped: int
 ) -> dict[str, Any]:
-    use_chosen_num_threads()
-    loaded = load_pretrained_model(
-        options.model_path, settings["dtype"], options.device, quantize=options.quantize, pack=True
-    )
-    asker = Asker(loaded, task, options.max_new_tokens, options.chunk_size, use_tiling=not options.no_tiling)
+    def load_model() -> DeepseekVLV2ForCausalLM:
+        use_chosen_num_threads()
+        how = {"dtype": settings["dtype"], "device": options.device, "quantize": options.quantize, "pack": True}
+        return load_pretrained_model(options.model_path, **how).model
+
+    numbers = (options.max_new_tokens, options.chunk_size)
+    asker = Asker(*load_processor(options.model_path), load_model, task, *numbers, use_tiling=not options.no_tiling)
     samples, num_too_long = leave_out(samples, find_too_long(asker, samples), options.skip_bad)
     records = run(asker, samples, options.output, options.batch_size)
     results = {"task": options.task, "metric": task.metric, **summarize_run(records, is_circular=task.is_circular)}

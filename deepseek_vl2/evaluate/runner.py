@@ -1,6 +1,7 @@
 """Asks the model: samples in batches, greedily; every answer is judged and written at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from tqdm.auto import tqdm
 from deepseek_vl2.evaluate.predictions import PREDICTIONS_FILE, read_predictions
 from deepseek_vl2.evaluate.samples import BadEntry, Sample
 from deepseek_vl2.evaluate.tasks import Task
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.generation import check_chunk_size, check_prompt_length
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 from deepseek_vl2.serve.batch_generation import answer_batch
-from deepseek_vl2.utils.io import LoadedModel, load_image
+from deepseek_vl2.utils.io import load_image
 from deepseek_vl2.utils.run_folder import append_records
 
 
@@ -22,7 +23,10 @@ class Asker:
     """A model with the settings that a run asks it with.
 
     Args:
-        loaded: model, processor and tokenizer.
+        processor: the model's.
+        config: the model's.
+        load_model: gives the model; called when the first question is asked, so that a run in which all are answered
+            goes without the weights.
         task: how samples are asked and judged.
         max_new_tokens: most tokens of an answer.
         chunk_size: tokens to prefill at once, -1 for all.
@@ -33,15 +37,28 @@ class Asker:
     """
 
     def __init__(
-        self, loaded: LoadedModel, task: Task, max_new_tokens: int, chunk_size: int = -1, use_tiling: bool = True
+        self,
+        processor: DeepseekVLV2Processor,
+        config: DeepseekVLV2Config,
+        load_model: Callable[[], DeepseekVLV2ForCausalLM],
+        task: Task,
+        max_new_tokens: int,
+        chunk_size: int = -1,
+        use_tiling: bool = True,
     ) -> None:
-        check_chunk_size(chunk_size, loaded.model.config.language_config.max_position_embeddings)
-        self.model: DeepseekVLV2ForCausalLM = loaded.model
-        self.processor: DeepseekVLV2Processor = loaded.processor
+        check_chunk_size(chunk_size, config.language_config.max_position_embeddings)
+        self.processor = processor
+        self.config = config
+        self._load_model = load_model
         self.use_tiling = use_tiling
         self.task = task
         self.max_new_tokens = max_new_tokens
         self.chunk_size = chunk_size
+
+    @cached_property
+    def model(self) -> DeepseekVLV2ForCausalLM:
+        """The model, loaded at the first use."""
+        return self._load_model()
 
     def check(self, sample: Sample) -> None:
         """Refuses a question that cannot be asked. Needs no picture, only the sizes.
@@ -51,7 +68,7 @@ class Asker:
         """
         sizes = [self._asked_size(size, number) for number, size in enumerate(sample.sizes)]
         num_tokens = self.processor.count_tokens(self.task.messages(sample, []), sizes, cropping=self.use_tiling)
-        check_prompt_length(num_tokens, self.model.config.language_config)
+        check_prompt_length(num_tokens, self.config.language_config)
 
     def encode(self, sample: Sample) -> VLChatProcessorOutput:
         """Encodes the question of a sample.

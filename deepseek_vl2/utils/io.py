@@ -19,7 +19,7 @@ from deepseek_vl2.utils.pictures import load_image, load_pil_images
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 __all__ = [
     "LoadedModel",
@@ -29,6 +29,7 @@ __all__ = [
     "load_json",
     "load_pil_images",
     "load_pretrained_model",
+    "load_processor",
     "resolve_device",
     "resolve_dtype",
     "resolve_model_path",
@@ -145,6 +146,27 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     raise ValueError(f"unknown dtype {str(dtype)!r}: take one of auto, {', '.join(DTYPES)}")
 
 
+def load_processor(path: str | os.PathLike[str]) -> tuple["DeepseekVLV2Processor", "DeepseekVLV2Config"]:
+    """Load what prepares questions: a model's processor and its configuration, without its weights.
+
+    Args:
+        path: see `resolve_model_path`.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ConnectionError: the hub cannot be reached and the model is not in the cache.
+        ValueError: another kind of model, or one whose tokens are not the tokenizer's.
+    """
+    from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2Processor
+
+    folder = checkpoint_folder(resolve_model_path(path))
+    processor = DeepseekVLV2Processor.from_pretrained(folder)
+    check_model_type(folder)
+    config = DeepseekVLV2Config.from_pretrained(folder)
+    processor.check_vocab(config.language_config.vocab_size)
+    return processor, config
+
+
 def load_pretrained_model(
     path: str | os.PathLike[str],
     dtype: str | torch.dtype | None = None,
@@ -182,7 +204,6 @@ def load_pretrained_model(
     """
     from deepseek_vl2.models import (
         DeepseekVLV2ForCausalLM,
-        DeepseekVLV2Processor,
         WeightOnlyConfig,
         check_memory,
         check_quantization,
@@ -220,13 +241,10 @@ def load_pretrained_model(
 
         check_compiler(_kind_of_device(model_options["device_map"]))
     folder = checkpoint_folder(resolve_model_path(path))
-    processor = DeepseekVLV2Processor.from_pretrained(folder)
-    check_model_type(folder)
+    processor, config = load_processor(folder)
     if torch_dtype is None:
         place = "cpu" if _is_on_cpu(model_options["device_map"]) else device
         torch_dtype = _choose_dtype(folder, place, held_as.name if isinstance(held_as, WeightOnlyConfig) else held_as)
-    config: Any = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
-    processor.check_vocab(config.language_config.vocab_size)
     if adapter is not None and (quantize or given or getattr(config, "quantization_config", None)):
         raise ValueError(
             "an adapter cannot be put into quantised weights: merge it first (python -m deepseek_vl2.train.merge), "
@@ -307,10 +325,10 @@ def dtype_name(path: str | os.PathLike[str], device: str | torch.device = "auto"
 
 
 def _choose_dtype(folder: str, device: str | torch.device, quantize: str | None) -> torch.dtype:
-    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, checkpoint_bytes, own_quantization
+    from deepseek_vl2.models import DeepseekVLV2Config, checkpoint_bytes, own_quantization
 
     place = resolve_device(device)
-    config = DeepseekVLV2ForCausalLM.config_class.from_pretrained(folder)
+    config = DeepseekVLV2Config.from_pretrained(folder)
     num_bytes = checkpoint_bytes(folder) if place.type == "cpu" else None
     choice = choose_dtype(place, num_bytes, quantize or own_quantization(config))
     logger.info("weights are loaded as %s: %s", choice.value, choice.reason)

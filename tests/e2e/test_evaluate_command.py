@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import deepseek_vl2.evaluate.__main__ as evaluate_command
 from deepseek_vl2.evaluate import runner
 from deepseek_vl2.evaluate.__main__ import main
 from deepseek_vl2.nano.tasks import EVAL_SPLIT, example_at
@@ -77,6 +78,17 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data, tmp_path, cap
     page = (killed / "report.html").read_text(encoding="utf-8")
     assert page.count("<article") == NUM_SAMPLES
     assert page.count('class="expected"') >= NUM_SAMPLES
+
+
+def test_a_finished_run_is_told_and_reported_anew_without_the_weights(data, tmp_path, capsys, monkeypatch):
+    few = command(data, tmp_path, "--limit", 2, "--max_new_tokens", 2)
+    assert main(few) == 0
+    told = capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<article") == 2
+    monkeypatch.setattr(evaluate_command, "load_pretrained_model", None)
+    assert main([*few, "--num_examples", "1"]) == 0
+    assert capsys.readouterr().out == told
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<article") == 1
 
 
 def test_a_second_run_is_kept_out_of_the_folder(data, tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_chunks_larger_than_the_context_wherever_questions_are_answered(parts):
     with pytest.raises(ValueError, match=message):
         deepseek_generate(user("<image>", RED), *parts, chunk_size=50000)
     with pytest.raises(ValueError, match=message):
-        Asker(loaded, TASKS["exact_match"], max_new_tokens=4, chunk_size=50000)
+        Asker(processor, model.config, lambda: model, TASKS["exact_match"], max_new_tokens=4, chunk_size=50000)
     with pytest.raises(ValueError, match=message):
         BatchAnswerer(loaded, AnswerOptions(chunk_size=50000), BatchLimits())
     with pytest.raises(ValueError, match=message):

@@ -36,8 +36,9 @@ def samples(tmp_path_factory):
     return made
 
 
-def asker(loaded, task="exact_match", max_new_tokens=4, chunk_size=-1):
-    return Asker(loaded, TASKS[task], max_new_tokens, chunk_size)
+def asker(loaded, task="exact_match", max_new_tokens=4, chunk_size=-1, use_tiling=True):
+    model = loaded.model
+    return Asker(loaded.processor, model.config, lambda: model, TASKS[task], max_new_tokens, chunk_size, use_tiling)
 
 
 def test_a_batch_gives_each_samples_own_answer(loaded, samples):
@@ -77,7 +78,7 @@ def test_mmmu_doubles_its_first_picture(loaded, samples):
 
 def test_without_tiling_a_picture_is_one_view_and_the_answer_another(loaded, samples):
     """The picture is 224x112: two tiles, and a question that is the same but for them."""
-    tiled, plain = asker(loaded), Asker(loaded, TASKS["exact_match"], 4, use_tiling=False)
+    tiled, plain = asker(loaded), asker(loaded, use_tiling=False)
     assert tiled.encode(samples[1]).images_spatial_crop.tolist() == [[2, 1]]
     encoded = plain.encode(samples[1])
     assert encoded.images_spatial_crop.tolist() == [[1, 1]]
@@ -102,7 +103,7 @@ def test_lengths_are_those_that_are_asked_and_need_no_picture(loaded, samples, m
     options = {"A": "x", "B": "y"}
     asked = replace(samples[1], answers=("A",), options=options)
     for use_tiling in (True, False):
-        tested = Asker(loaded, TASKS[task], 4, use_tiling=use_tiling)
+        tested = asker(loaded, task, use_tiling=use_tiling)
         length = len(tested.encode(asked))
         with monkeypatch.context() as patch:
             patch.setattr(loaded.model.config.language_config, "max_position_embeddings", length - room)

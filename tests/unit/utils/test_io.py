@@ -174,6 +174,7 @@ def checkpoint(tmp_path, monkeypatch):
     """A folder with the files of a checkpoint, and a models package that pretends to load it."""
     fake = types.ModuleType("deepseek_vl2.models")
     fake.DeepseekVLV2Processor, fake.DeepseekVLV2ForCausalLM = FakeProcessor, FakeModel
+    fake.DeepseekVLV2Config = FakeModel.config_class
     fake.check_memory, fake.choose_quantization = lambda *args: None, lambda *args: args
     fake.check_quantization = lambda *args: None
     fake.read_quantization, fake.needed_quantization = lambda given: given, lambda given, config: given
