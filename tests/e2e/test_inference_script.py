@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,18 +122,6 @@ def test_without_arguments_it_finds_the_red_star(repository, tmp_path):
     assert changed[~around].mean() < 0.001
 
 
-def test_json_of_the_bundled_example(repository, tmp_path):
-    done = program(repository, "--json", "--output", "star.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    document = json.loads(done.stdout)
-    (box,) = document["boxes"]
-    assert intersection_over_union(box["pixels"], star_of(repository)) >= 0.5
-    assert "star" in box["label"]
-    assert document["model"] == "nano" and document["problems"] == [] and not document["is_cut_off"]
-    assert document["output"] == "star.png" and (tmp_path / "star.png").is_file()
-
-
 def test_standard_output_holds_the_answer_and_nothing_else(repository, checkpoint, tmp_path):
     picture = tmp_path / "a.png"
     Image.new("RGB", (90, 60), "red").save(picture)
@@ -182,6 +171,17 @@ def pictures(tmp_path):
     for name, size, color in zip(names, [(90, 60), (200, 100)], ["red", "blue"], strict=True):
         Image.new("RGB", size, color).save(tmp_path / name)
     return names
+
+
+def test_json_of_the_bundled_example(run, repository):
+    result = run("--json", "--output", "star.png", model="nano")
+    assert (result.code, result.err) == (0, [])
+    document = json.loads(result.out)
+    (box,) = document["boxes"]
+    assert intersection_over_union(box["pixels"], star_of(repository)) >= 0.5
+    assert "star" in box["label"]
+    assert document["model"] == "nano" and document["problems"] == [] and not document["is_cut_off"]
+    assert document["output"] == "star.png" and Path("star.png").is_file()
 
 
 def test_it_streams(run, checkpoint, monkeypatch, script):
