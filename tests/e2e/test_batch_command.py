@@ -3,14 +3,15 @@
 import errno
 import json
 import shutil
-import subprocess
 import sys
 import time
 
 import pytest
 from batch_inputs import save_pdf, save_pictures
+from programs import Program, run_module
 from pyarrow import parquet
 
+from deepseek_vl2.batch import __main__ as batch_command
 from deepseek_vl2.batch import answering
 from deepseek_vl2.batch.__main__ import main
 from deepseek_vl2.batch.answering import ModelOptions
@@ -63,18 +64,15 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(folder, whole, tmp_
     output = tmp_path / "out.jsonl"
     records = tmp_path / "out.jsonl.run" / "records.jsonl"
     options = command(folder, output, "--window", 5, "--batch_size", 2)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deepseek_vl2.batch", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    program = Program(run_module, "deepseek_vl2.batch", *options)
     try:
         limit = time.monotonic() + TIMEOUT
         while not records.exists() or records.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None, "it ended without an answer"
+            assert program.is_running, "it ended without an answer"
             assert time.monotonic() < limit, "no answers in time"
             time.sleep(0.01)
     finally:
-        process.kill()
-        process.wait()
+        program.kill()
     lines = records.read_bytes().splitlines(keepends=True)
     # Had it been quicker than the signal, it is set back to the moment of its sixth answer.
     records.write_bytes(b"".join(lines[:5]) + lines[5 % len(lines)][:20])
@@ -244,13 +242,16 @@ def test_a_run_goes_on_with_the_other_engine(folder, tmp_path, monkeypatch):
         assert dtypes == expected
 
 
+def run_with_a_fault(*arguments):
+    sys.argv = ["batch", *arguments]
+    batch_command.run = None
+    batch_command.command()
+
+
 def test_a_fault_of_the_program_does_not_end_like_a_finished_run(folder, tmp_path):
-    code = "from deepseek_vl2.batch import __main__ as batch; batch.run = None; batch.command()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command(folder, tmp_path / "out.jsonl")], capture_output=True, timeout=TIMEOUT
-    )
+    done = Program(run_with_a_fault, *command(folder, tmp_path / "out.jsonl")).finish()
     assert done.returncode == 70
-    assert b"Traceback" in done.stderr
+    assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
+from programs import Program, run_module
 
 import deepseek_vl2.evaluate.__main__ as evaluate_command
 from deepseek_vl2.evaluate import runner
@@ -44,20 +43,15 @@ def command(data, output, *more, task="refcoco"):
 def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(data, tmp_path, capsys):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     predictions = killed / "predictions.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deepseek_vl2.evaluate", *command(data, killed)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    program = Program(run_module, "deepseek_vl2.evaluate", *command(data, killed))
     try:
         limit = time.monotonic() + TIMEOUT
         while not predictions.exists() or predictions.read_bytes().count(b"\n") < 2:
-            assert process.poll() is None or predictions.exists(), "it ended without an answer"
+            assert program.is_running or predictions.exists(), "it ended without an answer"
             assert time.monotonic() < limit, "no answers in time"
             time.sleep(0.01)
     finally:
-        process.kill()
-        process.wait()
+        program.kill()
     lines = predictions.read_bytes().splitlines(keepends=True)
     # Had it been quicker than the signal, it is set back to the moment of its third answer.
     predictions.write_bytes(b"".join(lines[:2]) + lines[0][:20])

@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
+from programs import Program, run_file
 
 from deepseek_vl2.nano.questions import split_rng
 
@@ -53,16 +52,15 @@ def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, 
         "What shape is the brown object?",
         "--json",
     ]
-    command = [sys.executable, str(repository / "inference.py"), "--adapter", str(tmp_path / "adapter"), *question]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    adapter = ["--adapter", tmp_path / "adapter"]
+    done = Program(run_file, repository / "inference.py", *adapter, *question, folder=tmp_path).finish()
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert json.loads(done.stdout)["new_tokens"] > 0
 
 
 def test_inference_refuses_what_is_no_adapter_in_one_line(repository, tmp_path):
-    command = [sys.executable, str(repository / "inference.py"), "--adapter", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = Program(run_file, repository / "inference.py", "--adapter", tmp_path, folder=tmp_path).finish()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"inference.py: error: {tmp_path} has no adapter_config.json")
     assert len(done.stderr.splitlines()) == 1

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
+from programs import Program, run_file
 
 from deepseek_vl2.evaluate.metrics import intersection_over_union
 from deepseek_vl2.nano.architecture import nano_processor, untrained_nano
@@ -89,13 +90,6 @@ def says(script, monkeypatch):
     return asked
 
 
-def program(repository, *arguments, **options):
-    command = [sys.executable, str(repository / "inference.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT, stdin=subprocess.DEVNULL, **options
-    )
-
-
 # -- as users run it --------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +99,14 @@ def star_of(repository):
 
 
 def test_without_arguments_it_finds_the_red_star(repository, tmp_path):
-    done = program(repository, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, repository / "inference.py"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=TIMEOUT,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     answer, saved = done.stdout.splitlines()
@@ -126,7 +127,8 @@ def test_standard_output_holds_the_answer_and_nothing_else(repository, checkpoin
     picture = tmp_path / "a.png"
     Image.new("RGB", (90, 60), "red").save(picture)
     question = ["--image", picture, "--prompt", "<image>\nWhat is this?", "--max_new_tokens", 12]
-    done = program(repository, "--model_path", checkpoint, "--device", "cpu", *question, cwd=tmp_path)
+    options = ["--model_path", checkpoint, "--device", "cpu", *question]
+    done = Program(run_file, repository / "inference.py", *options, folder=tmp_path).finish()
     assert done.returncode == 0, done.stderr
     tokenizer, model, processor = load_model(str(checkpoint), device="cpu")
     conversation = [
@@ -145,21 +147,15 @@ def test_standard_output_holds_the_answer_and_nothing_else(repository, checkpoin
 
 
 def test_an_interrupt_ends_it_quietly(repository, checkpoint, tmp_path):
-    command = [sys.executable, str(repository / "inference.py"), "--model_path", str(checkpoint), "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--max_new_tokens", "3900"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A test that runs in the background would hand on that interrupts are ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    with process:
-        assert process.stdout.read(1)  # it speaks
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
-    assert errors.decode().split("\n") == ["", "inference.py: interrupted", ""]
+    options = ["--model_path", checkpoint, "--device", "cpu", "--max_new_tokens", 3900]
+    speaking = Program(run_file, repository / "inference.py", *options, folder=tmp_path)
+    while not speaking.stdout:
+        assert speaking.is_running
+        time.sleep(0.01)
+    speaking.send_signal(signal.SIGINT)
+    done = speaking.finish()
+    assert done.returncode == 130
+    assert done.stderr.split("\n") == ["", "inference.py: interrupted", ""]
 
 
 # -- in process -------------------------------------------------------------------------------------------------------
@@ -400,7 +396,7 @@ def test_a_hub_name_without_a_network(run):
 
 def test_questions_that_follow_are_answered_in_the_same_conversation(repository, tmp_path):
     questions = ("--follow_up", "What color is it?", "How many stars are there?")
-    done = program(repository, "--json", *questions, cwd=tmp_path)
+    done = Program(run_file, repository / "inference.py", "--json", *questions, folder=tmp_path).finish()
     assert (done.returncode, done.stderr) == (0, "")
     document = json.loads(done.stdout)
     color, count = document["follow_ups"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from programs import Program, run_file
 
 pytestmark = pytest.mark.e2e
 
@@ -78,9 +79,7 @@ def test_commands_exist(blocks, repository):
         if "inference.py" in line
         for option in re.findall(r" (--[\w-]+)", line.partition("inference.py")[2])
     }
-    help_text = subprocess.run(
-        [sys.executable, repository / "inference.py", "--help"], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+    help_text = Program(run_file, repository / "inference.py", "--help").finish().stdout
     assert options
     assert not [option for option in sorted(options) if option not in help_text]
     modules = {module for line in lines for module in re.findall(r"python -m (deepseek_vl2[\w.]*)", line)}

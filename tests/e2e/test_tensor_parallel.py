@@ -1,4 +1,4 @@
-"""One model shared among two processes that torchrun starts, on the CPU: recorded models, and `inference.py --tp`."""
+"""One model shared among two processes on the CPU: recorded models, and `inference.py --tp`."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from programs import Program, run_file
 
 from deepseek_vl2.serve.inference import deepseek_generate, load_model
 from deepseek_vl2.utils.io import resolve_model_path
@@ -29,12 +30,30 @@ def torchrun(*arguments, cwd):
     )
 
 
+def run_shared(file, *arguments, folder):
+    """Runs a script as two processes with what torchrun gives them, variables and a store, but without its start."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    programs = [
+        Program(run_file, file, *arguments, folder=folder, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    return [program.finish() for program in programs]
+
+
 @pytest.fixture(scope="module")
 def shared(repository, tmp_path_factory):
     """What the recorded models give when they are shared."""
     results = tmp_path_factory.mktemp("shared") / "results.json"
-    done = torchrun(repository / "tests" / "e2e" / "shared_golden_models.py", results, cwd=repository)
-    assert done.returncode == 0, done.stderr
+    for done in run_shared(repository / "tests" / "e2e" / "shared_golden_models.py", results, folder=repository):
+        assert done.returncode == 0, done.stderr
     return json.loads(results.read_text())
 
 
@@ -77,12 +96,13 @@ def test_heads_that_cannot_be_shared_are_named_once(repository, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["language_config"].update(num_attention_heads=3, num_key_value_heads=3)
     (folder / "config.json").write_text(json.dumps(config))
-    done = torchrun(repository / "inference.py", "--tp", "--model_path", folder, "--output", "x.jpg", cwd=tmp_path)
-    assert done.returncode == 1  # torchrun's own
-    assert re.findall(r"exitcode +: (\d+)", done.stderr)[-1] == "2"
-    complaints = [line for line in done.stderr.splitlines() if line.startswith("inference.py: error: ")]
+    options = ["--tp", "--model_path", folder, "--output", "x.jpg"]
+    both = run_shared(repository / "inference.py", *options, folder=tmp_path)
+    assert [done.returncode for done in both] == [2, 2]
+    lines = [line for done in both for line in done.stderr.splitlines()]
+    complaints = [line for line in lines if line.startswith("inference.py: error: ")]
     assert complaints == [
         "inference.py: error: num_attention_heads is 3, which 2 processes cannot share evenly; "
         "numbers of processes that fit all sizes of this model: 1."
     ]
-    assert done.stdout == ""
+    assert [done.stdout for done in both] == ["", ""]

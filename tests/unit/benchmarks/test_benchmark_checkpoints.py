@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -32,13 +33,25 @@ SHARD_BYTES = 50_000
 LANGUAGE = {"vocab_size": 420, "bos_token_id": 400, "eos_token_id": 401, "pad_token_id": 402}
 
 
+# They share the checkpoint: one worker of pytest-xdist writes it once.
+pytestmark = pytest.mark.xdist_group("benchmark_checkpoints")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pool():
+    """Not 17 million numbers for every little shard."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "RandomNumbers", partial(RandomNumbers, pool_size=300_007))
+        yield
+
+
 @pytest.fixture(scope="module")
 def config():
     return vl_config({**VARIANTS["base"], **LANGUAGE})
 
 
 @pytest.fixture(scope="module")
-def folder(config, tmp_path_factory):
+def folder(small_pool, config, tmp_path_factory):
     return write_checkpoint(config, tmp_path_factory.mktemp("random"), SHARD_BYTES)
 
 

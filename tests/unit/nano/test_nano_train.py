@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from programs import Program
 
 import deepseek_vl2.nano.__main__ as command
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -212,33 +211,24 @@ def test_a_finished_run_stays_as_it_is(undisturbed, monkeypatch):
     assert is_same(weights(again), weights(trainer))
 
 
-# Kills its own process where the stage of answers has learnt two batches and saved them.
-RUN_AND_BE_KILLED = """
-import os, pathlib, signal, sys
-sys.path.insert(0, sys.argv[1])
-from test_nano_train import NanoTrainer, make_nano_narrow, pytest, settings_of
+def train_and_be_killed(folder):
+    """Runs in a process of its own: killed where the stage of answers has learnt two batches and saved them."""
+    make_nano_narrow(pytest.MonkeyPatch())
+    trainer = NanoTrainer(settings_of("answers", "together"), folder)
+    step = trainer.step
 
-make_nano_narrow(pytest.MonkeyPatch())
-trainer = NanoTrainer(settings_of("answers", "together"), pathlib.Path(sys.argv[2]))
-step = trainer.step
+    def step_or_die(batch):
+        if (trainer.stage, trainer.next_batch) == ("answers", 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(batch)
 
-def step_or_die(batch):
-    if (trainer.stage, trainer.next_batch) == ("answers", 2):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(batch)
-
-trainer.step = step_or_die
-trainer.run()
-"""
+    trainer.step = step_or_die
+    trainer.run()
 
 
-def test_a_killed_process_goes_on_at_the_same_bits(tmp_path, repository, monkeypatch):
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    command_line = [sys.executable, "-c", RUN_AND_BE_KILLED, str(Path(__file__).parent), str(tmp_path / "run")]
-    errors = tmp_path / "errors.txt"  # not a pipe, which the process that draws batches would hold open for a while
-    with errors.open("w") as file:
-        done = subprocess.run(command_line, env=environment, stdout=file, stderr=file, timeout=300)
-    assert done.returncode == -signal.SIGKILL, errors.read_text()
+def test_a_killed_process_goes_on_at_the_same_bits(tmp_path, monkeypatch):
+    done = Program(train_and_be_killed, tmp_path / "run").finish()
+    assert done.returncode == -signal.SIGKILL, done.stderr
     settings = settings_of("answers", "together")
     trainer, stages, _ = run(tmp_path / "run", monkeypatch, settings=settings)
     assert stages == ["answers"] + ["together"] * NUM_BATCHES

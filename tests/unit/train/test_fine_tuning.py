@@ -1,13 +1,13 @@
 """Whole runs on small models of every kind: what learns, what stays, and going on after a kill."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import Program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_models import COLORS, FULL, LORA_ALL, VARIANTS, losses, run, settings
 
@@ -206,18 +206,15 @@ def test_a_diverging_run_ends_with_a_reason(checkpoint, train_file, tmp_path):
         train(settings(train_file, checkpoint("mla_greedy"), tmp_path, **options))
 
 
-KILLED = """
-import os, signal, sys
-from deepseek_vl2.train import trainer
-from deepseek_vl2.train.__main__ import main
+def train_and_be_killed(config):
+    """Runs in a process of its own, which the kernel kills after the fifth step."""
 
-def die(self, args, state, control, **kwargs):
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.StopAtInvalidLoss.on_step_end = die
-main(sys.argv[1:])
-"""
+    trainer.StopAtInvalidLoss.on_step_end = die
+    main(["--config", config])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +241,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(checkpoint, train_file, tmp
     config = settings(train_file, model_path, tmp_path / "b", **options)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(vars(config)))
-    killed = subprocess.run([sys.executable, "-c", KILLED, "--config", str(path)], capture_output=True, text=True)
+    killed = Program(train_and_be_killed, str(path)).finish()
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(folder.name for folder in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     # Checkpoints that were cut off while they were written are passed over.
