@@ -362,11 +362,14 @@ class DeepseekV2Attention(nn.Module):
         latent = self.kv_a_layernorm(latent)  # [B, 1, T, R]
         query_rope = rotate_interleaved(query_rope, *position_embeddings)
         key_rope = rotate_interleaved(key_rope, *position_embeddings)  # [B, 1, T, P]
+        num_new = query.shape[2]
+        # The length of a preallocated cache says nothing of what it holds; one new token alone needs not ask.
+        is_first = past_key_values is None or (num_new > 1 and past_key_values.get_seq_length(self.layer_idx) == 0)
         if past_key_values is not None:
             key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
 
         weights: torch.Tensor | None
-        if self._is_up_projection_readable() and self._is_absorbing_cheaper(query.shape[2], latent.shape[2]):
+        if not is_first and self._is_up_projection_readable() and self._is_absorbing_cheaper(num_new):
             output, weights = self._attend_absorbed(query_nope, query_rope, latent, key_rope, attention_mask)
         else:
             query = torch.cat((query_nope, query_rope), dim=-1)
@@ -385,9 +388,9 @@ class DeepseekV2Attention(nn.Module):
         """
         return not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj, "base_layer")
 
-    def _is_absorbing_cheaper(self, num_new: int, num_total: int) -> bool:
+    def _is_absorbing_cheaper(self, num_new: int) -> bool:
         """Compares multiplications for each cached token: longer dot products of T queries against one expansion."""
-        if num_new == num_total or self.training:
+        if self.training:
             return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim
         return num_new * (2 * self.kv_lora_rank - expanded_width) < self.kv_lora_rank * expanded_width

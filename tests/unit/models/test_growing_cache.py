@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small_models import VARIANTS, language_config, make_inputs, seeded, vl_config
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.growing_cache import GROWTH_DIVISOR, MIN_ROOM, GrowingCache
@@ -111,13 +111,27 @@ def test_generate_uses_it_and_answers_the_same(variant, options):
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
-def test_other_caches_stay_what_they_are():
-    model = seeded(DeepseekV2ForCausalLM, language_config(**VARIANTS["tiny"]))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_caches_stay_what_they_are(variant):
+    model = seeded(DeepseekV2ForCausalLM, language_config(**VARIANTS[variant]))
     ids = make_inputs([])["input_ids"]
     kwargs = {"max_new_tokens": 4, "return_dict_in_generate": True, "do_sample": False}
     static = model.generate(ids, cache_implementation="static", **kwargs)
     assert not isinstance(static.past_key_values, DynamicCache)
+    assert torch.equal(static.sequences, model.generate(ids, **kwargs).sequences)
     assert model.generate(ids, use_cache=False, **kwargs).past_key_values is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("step", [1, 2, 5, 41])
+@torch.no_grad()
+def test_a_preallocated_cache_in_chunks(variant, step):
+    """Few new tokens at once: absorbed, in models with a latent; the first of them beside empty places."""
+    model = seeded(DeepseekV2ForCausalLM, language_config(**VARIANTS[variant]))
+    ids = torch.randint(4, 100, (2, 50), generator=torch.Generator().manual_seed(3))
+    cache = StaticCache(config=model.config, max_cache_len=70)
+    parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(step, 1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
