@@ -286,6 +286,16 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
         tokens = tokens.to(self.image_newline.device)
         return arrange_views(tokens, grid, self.image_newline, self.view_seperator, is_global_first)
 
+    def _with_unused_parts(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Adds 0 times what is trained of the parts that see.
+
+        A batch without pictures gives them a gradient of 0 then, and not none: processes that train together wait for
+        each other's gradient of every weight, and where nothing else is trained there would be nothing to go back to.
+        """
+        seeing = [*self.vision.parameters(), *self.projector.parameters(), self.image_newline, self.view_seperator]
+        trained = [weight.sum().to(inputs_embeds) for weight in seeing if weight.requires_grad]
+        return inputs_embeds + 0 * torch.stack(trained).sum() if trained else inputs_embeds
+
     def prepare_inputs_embeds(
         self,
         input_ids: torch.Tensor,
@@ -327,7 +337,7 @@ class DeepseekVLV2ForCausalLM(  # type: ignore[misc]
                 raise ValueError(
                     f"The prompt has {int(images_seq_mask.sum())} image tokens, but no pictures are given."
                 )
-            return inputs_embeds
+            return self._with_unused_parts(inputs_embeds) if self.training else inputs_embeds
         image_tokens = torch.cat(features).to(inputs_embeds)
         is_image: Any = images_seq_mask
         return inputs_embeds.masked_scatter(is_image[..., None].to(inputs_embeds.device), image_tokens)

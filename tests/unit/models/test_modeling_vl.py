@@ -448,6 +448,20 @@ def test_layers_stay_on_one_device():
     }
 
 
+def test_training_on_text_gives_the_parts_that_see_a_gradient_of_zero():
+    """Processes that train together wait for each other's gradients."""
+    model = seeded(DeepseekVLV2ForCausalLM, vl_config()).train()
+    ids = make_inputs([])["input_ids"]
+    model.vision.requires_grad_(False)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(weight.grad is None for weight in model.vision.parameters())
+    for weight in (*model.projector.parameters(), model.image_newline, model.view_seperator):
+        assert weight.grad is not None and not weight.grad.any()
+    assert model.get_input_embeddings().weight.grad.any()
+    loss = model(input_ids=ids, labels=ids).loss
+    assert torch.equal(loss, model.eval()(input_ids=ids, labels=ids).loss)
+
+
 def test_sizes_of_the_small_model_do_not_repeat():
     config = vl_config()
     language = config.language_config

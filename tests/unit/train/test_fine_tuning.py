@@ -155,6 +155,20 @@ def test_all_ways_to_save_memory_go_together(checkpoint, train_file, tmp_path, v
     assert found[-1] < 0.8 * found[0]
 
 
+@pytest.mark.parametrize("vision", ["frozen", "full"])
+def test_text_alone_goes_where_only_seeing_is_trained(checkpoint, train_file, tmp_path, vision):
+    """One in two batches has no picture, and nothing that is trained has a part in it."""
+    lines = train_file.read_text(encoding="utf-8").splitlines()
+    text = [{"role": "<|User|>", "content": "How many is two?"}, {"role": "<|Assistant|>", "content": "2"}]
+    mixed = train_file.with_name("mixed.jsonl")
+    mixed.write_text("".join(f"{line}\n{json.dumps({'conversations': text})}\n" for line in lines), encoding="utf-8")
+    parts = {"language": "frozen", "vision": vision, "projector": "full", "learning_rate": 1e-2}
+    found = run(settings(mixed, checkpoint("mla_greedy"), tmp_path, max_steps=8, batch_size=1, **parts))
+    assert len(found) == 8
+    touched = {name.partition(".")[0] for name in changed(weights(checkpoint("mla_greedy")), weights(tmp_path))}
+    assert touched == {"projector", "image_newline", "view_seperator"} | ({"vision"} if vision == "full" else set())
+
+
 def test_parts_have_their_own_learning_rates(checkpoint, train_file, tmp_path):
     rates = {"learning_rate": 1e-3, "vision_learning_rate": 1e-4, "projector_learning_rate": 1e-5}
     run(settings(train_file, checkpoint("mla_greedy"), tmp_path, max_steps=1, **{**FULL, **rates}))
