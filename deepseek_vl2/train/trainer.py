@@ -90,6 +90,11 @@ class FineTuner(Trainer):
             self.optimizer = torch.optim.AdamW(parameter_groups(trained, self.config))
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The learning rate over the steps; its first one is 0 while it rises, so a run of a few steps begins high."""
+        self.args.warmup_steps = int(self.config.warmup_share * num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; a cache would only take memory."""
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
@@ -250,7 +255,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=_SCHEDULES[config.schedule],
-        warmup_steps=config.warmup_share,
         bf16=config.precision == BF16_AUTOCAST,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,

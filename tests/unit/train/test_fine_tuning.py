@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_models import COLORS, FULL, LORA_ALL, VARIANTS, losses, run, settings
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
-from deepseek_vl2.train import train, trainer
+from deepseek_vl2.train import TrainConfig, train, trainer
 from deepseek_vl2.train.__main__ import main
 from deepseek_vl2.train.collator import TrainingCollator
 from deepseek_vl2.train.data import ConversationEncoder, read_samples
@@ -153,6 +153,14 @@ def test_all_ways_to_save_memory_go_together(checkpoint, train_file, tmp_path, v
     saving = {"precision": "bf16_weights", "gradient_checkpointing": True, "batch_size": 2, "gradient_accumulation": 4}
     found = run(settings(train_file, checkpoint(variant), tmp_path, **saving, **kind))
     assert found[-1] < 0.8 * found[0]
+
+
+def test_a_single_step_learns(checkpoint, train_file, tmp_path):
+    """With the default share of steps over which the learning rate rises from 0."""
+    share = TrainConfig(train_file="a", output_dir="b").warmup_share
+    assert share > 0
+    run(settings(train_file, checkpoint("mla_greedy"), tmp_path, max_steps=1, warmup_share=share, **FULL))
+    assert changed(weights(checkpoint("mla_greedy")), weights(tmp_path))
 
 
 @pytest.mark.parametrize("vision", ["frozen", "full"])
