@@ -1,7 +1,8 @@
-"""What the readers of all formats share: pictures, boxes and lists in cells."""
+"""What the readers of all formats share: pictures, boxes, lists in cells and answers to a choice."""
 
 import ast
 import codecs
+import re
 import string
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ BoxFormat = Literal["xyxy", "xywh"]
 BOX_FORMATS: tuple[BoxFormat, ...] = ("xyxy", "xywh")
 # Boxes of published files end a fraction of a pixel outside their picture now and then.
 MAX_OVERHANG = 1.0
+# Stricter than what is understood of a model: "A+" and "A'" are options' texts, blood groups and names of points.
+_WRITTEN_LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[.)]?")
 
 
 @dataclass
@@ -113,10 +116,36 @@ def lettered(value: Any) -> dict[str, Any]:
     return options
 
 
-def letter_of(answer: str, options: Mapping[str, Any]) -> str:
-    """An answer as it names an option: "a " is "A"; any other stays."""
-    letter = answer.strip().upper()
-    return letter if letter in options else answer
+def written_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The letter of an option that an answer is: "B", "b ", "(B)", "B." or "B)"; `None` of any other."""
+    match = _WRITTEN_LETTER.fullmatch(answer.strip())
+    letter = (match[1] or match[2]).upper() if match else None
+    return letter if letter in options else None
+
+
+def letter_of(answer: str, options: Mapping[str, str]) -> str:
+    """The letter of the option that an answer names, by its letter or by its exact text; any other answer stays.
+
+    A capital letter alone is the letter, even where it is another option's text, as in AI2D.
+
+    Args:
+        answer: as the file has it.
+        options: text by letter.
+
+    Raises:
+        ValueError: it names several options.
+    """
+    text = answer.strip()
+    if text in options:
+        return text
+    written = written_letter(text, options)
+    named = [letter for letter, option in options.items() if letter == written or option.strip() == text]
+    if len(named) > 1:
+        raise ValueError(
+            f"the answer {answer!r} may be option {' or '.join(named)} of {', '.join(options)}; "
+            "write its capital letter alone"
+        )
+    return named[0] if named else answer
 
 
 def read_box(values: Any, box_format: str, size: tuple[int, int]) -> PixelBox:

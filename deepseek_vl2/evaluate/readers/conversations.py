@@ -6,7 +6,7 @@
 Messages may have all the forms that fine-tuning takes: parts in OpenAI's style, a system message in front, pictures by
 path, address or data URI. The conversation is asked word for word. A last message of the assistant is the expected
 answer where `answer` (or `answers`) is missing, and the boxes marked in it are the expected ones where `boxes` (pixels
-of the last picture) is.
+of the last picture) is. Where there are options, an answer is a letter ("B", "(B)", "B.", "B)") or an option's text.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,8 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
     """Builds the sample of a line.
 
     Raises:
-        ValueError: no JSON object, no conversation that ends with a question, a bad box or picture.
+        ValueError: no JSON object, no conversation that ends with a question, an answer that names several options, a
+            bad box or picture.
         OSError: a picture is not there.
     """
     fields = as_mapping(parse_json(line), "a line")
@@ -55,7 +56,7 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
     sizes = options.sizes_of(pictures)
     if not isinstance(fields.get("options"), (list, Mapping, NoneType)):
         raise ValueError(f"'options' must be a list or an object, not {fields['options']!r:.80}")
-    choices = lettered(fields.get("options"))
+    choices = {letter: str(option) for letter, option in lettered(fields.get("options")).items()}
     answers = texts(first_of(fields, "answers", "answer"), reads_text=False) or ((last_answer,) if last_answer else ())
     return Sample(
         id=id_of(fields, where),
@@ -65,7 +66,7 @@ def conversation_sample(line: bytes, where: str, options: ReadOptions) -> Sample
         sizes=sizes,
         answers=tuple(letter_of(answer, choices) for answer in answers),
         boxes=_boxes(fields.get("boxes"), last_answer, sizes),
-        options={letter: str(option) for letter, option in choices.items()},
+        options=choices,
         category=str(fields.get("category") or ""),
         messages=tuple(asked),
     )

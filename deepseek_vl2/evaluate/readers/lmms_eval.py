@@ -1,16 +1,18 @@
 """JSON lines of lmms-eval: what `--log_samples` writes, `{"doc_id": ..., "doc": {...}, "target": ...}`, or documents.
 
-A document carries `question`, `answers` (or `answer`, `label`), `image` (or `image_path`, `images`, or `image_1` to
-`image_7`: paths), `options` (a list, or fields A, B, ...) and `category`. What has "image" in its name is left out by
-`--log_samples`: paths have to be put back. The answer to a choice is a letter, an option's text, or its place in the
-list, counted from 0; a letter in `target` goes before. Where a number may be both, it is the place if it stands there
-as a number, as in ScienceQA, or the list is called `options`, as in AI2D; in `choices` it is the text, as in MathVista.
-Open questions of MMMU (`question_type`) become a choice between their answers and "Other Answers", as in VLMEvalKit's
-file. A document with `bbox` is a referring expression, in `answer`: its box is x1, y1, x2, y2 in shares of the picture,
-as lmms-eval's RefCOCO has it, or else x, y, width, height in pixels.
+A document carries `question`, `answers` (or `answer`, `label`), `image` (or `image_path`, `images`, `image_1` to
+`image_7`, or RefCOCO's `file_name`: paths), `options` (a list, or fields A, B, ...) and `category`. What has "image" in
+its name is left out by `--log_samples`: paths have to be put back. Without options of its own, a document may have them
+at the end of its question, as those of MMStar do. The answer to a choice is a letter ("B", "(B)", "B.", "B)"), an
+option's text, or its place in the list, counted from 0; a letter in `target` goes before. Where a number may be both,
+it is the place if it stands there as a number, as in ScienceQA, or the list is called `options`, as in AI2D; in
+`choices` it is the text, as in MathVista. Open questions of MMMU (`question_type`) become a choice between their
+answers and "Other Answers", as in VLMEvalKit's file. A document with `bbox` is a referring expression, in `answer`: its
+box is x1, y1, x2, y2 in shares of the picture, as lmms-eval's RefCOCO has it, or else x, y, width, height in pixels.
 """
 
 import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +29,7 @@ from deepseek_vl2.evaluate.readers.common import (
     question_of,
     read_box,
     texts,
+    written_letter,
 )
 from deepseek_vl2.evaluate.samples import PixelBox, Sample
 from deepseek_vl2.utils.data_files import parse_json, picture_path
@@ -35,13 +38,18 @@ from deepseek_vl2.utils.data_files import parse_json, picture_path
 MAX_NUMBERED_PICTURES = 7
 OPEN = "open"
 OTHER_ANSWERS = "Other Answers"
+# MMStar has its options in a line, "Options: A: x, B: y"; those from MathVista in lines, "(A) x" below "Choices:".
+_OPTIONS_BEGIN = re.compile(r"\n[^\S\n]*(?:Options|Choices):\s*(?=A:\s|\(A\)\s)")
+_COLON_MARK = re.compile(r"(?:^|,\s+|\n\s*)([A-Z]):(?=\s|$)")
+_BRACKET_MARK = re.compile(r"(?:^|\n\s*)\(([A-Z])\)(?=\s|$)")
 
 
 def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     """Builds the sample of a line.
 
     Raises:
-        ValueError: no JSON object, no question, or a picture that is none.
+        ValueError: no JSON object, no question, options or an answer that can be meant in several ways, or a picture
+            that is none.
         OSError: a picture is not there.
     """
     fields = as_mapping(parse_json(line), "a line")
@@ -50,10 +58,12 @@ def lmms_eval_sample(line: bytes, where: str, options: ReadOptions) -> Sample:
     pictures = tuple(picture_path(name, options.picture_root) for name in names)
     sizes = options.sizes_of(pictures)
     choices = _options(document)
+    question, boxes = _asked(document, sizes)
+    if not choices and boxes is None:
+        question, choices = _without_options(question)
     answers = _answers(document, fields, choices)
     if document.get("question_type") == OPEN and not choices:
         choices, answers = _as_choice(answers)
-    question, boxes = _asked(document, sizes)
     return Sample(
         id=_id(document, fields, where, is_choice=bool(choices)),
         where=where,
@@ -114,7 +124,7 @@ def _is_filled(value: Any) -> bool:
 def _picture_names(document: Mapping[str, Any]) -> list[Any]:
     names = listed(first_of(document, "image", "image_path", "images"))
     numbered = (document.get(f"image_{number}") for number in range(1, MAX_NUMBERED_PICTURES + 1))
-    return names or [name for name in numbered if _is_filled(name)]
+    return names or [name for name in numbered if _is_filled(name)] or listed(document.get("file_name"))
 
 
 def _options(document: Mapping[str, Any]) -> dict[str, str]:
@@ -122,6 +132,36 @@ def _options(document: Mapping[str, Any]) -> dict[str, str]:
     if not values:
         values = {letter: document.get(letter) for letter in string.ascii_uppercase}
     return {letter: str(value) for letter, value in values.items() if _is_filled(value)}
+
+
+def _without_options(question: str) -> tuple[str, dict[str, str]]:
+    """A question without the options at its end, and these; none if A, B, ... do not follow each other there.
+
+    Other letters may stand in an option as if they began one: "A: H: 11 %, O: 89 %, B: ...".
+
+    Raises:
+        ValueError: a letter begins an option more than once.
+    """
+    begins = list(_OPTIONS_BEGIN.finditer(question))
+    if not begins:
+        return question, {}
+    stem, tail = question[: begins[-1].start()].strip(), question[begins[-1].end() :]
+    marks = list((_BRACKET_MARK if tail.startswith("(") else _COLON_MARK).finditer(tail))
+    taken: list[re.Match[str]] = []
+    for mark in marks:
+        if mark[1] == string.ascii_uppercase[len(taken) :][:1]:
+            taken.append(mark)
+    if not stem or len(taken) < 2:
+        return question, {}
+    letters = [mark[1] for mark in taken]
+    twice = [mark[1] for mark in marks if mark[1] in letters and mark not in taken]
+    if twice:
+        raise ValueError(
+            f"option {twice[0]} begins more than once in the question's {tail!r:.80}: write the options into 'options'"
+        )
+    ends = [*(mark.start() for mark in taken[1:]), len(tail)]
+    values = {mark[1]: tail[mark.end() : end].strip() for mark, end in zip(taken, ends, strict=True)}
+    return stem, {letter: value for letter, value in values.items() if _is_filled(value)}
 
 
 def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:
@@ -132,15 +172,17 @@ def _answers(document: Mapping[str, Any], fields: Mapping[str, Any], options: Ma
     """
     answer = first_of(document, "answers", "answer", "label")
     target = texts(first_of(fields, "target"))
-    if target and all(text in options for text in target):
-        return target
+    if target and all(written_letter(text, options) for text in target):
+        return tuple(letter_of(text, options) for text in target)
     letters = string.ascii_uppercase if listed(first_of(document, "options", "choices")) else ""
     counts = isinstance(answer, int) or bool(listed(document.get("options")))
-    return tuple(_letter(text, options, letters, counts, bool(target)) for text in texts(answer) or target)
+    # An option may look like a list: "[1, 2]".
+    found = texts(answer, reads_text=answer not in options.values()) or target
+    return tuple(_letter(text, options, letters, counts, bool(target)) for text in found)
 
 
 def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], counts: bool, has_target: bool) -> str:
-    """The letter of an answer that is given as an option's text, or as its place among `letters`.
+    """The letter of an answer that is given by letter, as an option's text, or as its place among `letters`.
 
     Args:
         answer: as the file has it.
@@ -150,19 +192,19 @@ def _letter(answer: str, options: Mapping[str, str], letters: Sequence[str], cou
         has_target: whether a log says, too, what is right, but not by a letter.
 
     Raises:
-        ValueError: text and place are two options, and a log has a target of its own.
+        ValueError: it names several options; or text and place are two, and a log has a target of its own.
     """
-    letter = letter_of(answer, options)
-    if letter in options:
-        return letter
-    named = next((letter for letter, option in options.items() if option == answer), None)
     is_place = answer.isascii() and answer.isdecimal() and int(answer) < len(letters)
     placed = letters[int(answer)] if is_place and letters[int(answer)] in options else None
+    if placed is not None and counts and not has_target:
+        return placed
+    named = letter_of(answer, options)
+    if placed is None or named == placed:
+        return named
     # Beside a log's target the answer is as the task's program reads it, which may be either.
-    if has_target and named and placed and named != placed:
+    if has_target and named in options:
         raise ValueError(
             f"the answer {answer!r} may be option {named}, whose text it is, or option {placed}, counted from 0; "
             "write its letter"
         )
-    found = (placed, named) if counts else (named, placed)
-    return next(filter(None, found), answer)
+    return named if named in options else placed

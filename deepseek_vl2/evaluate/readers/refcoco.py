@@ -1,7 +1,8 @@
 """Referring expressions, in the two forms in which RefCOCO, RefCOCO+ and RefCOCOg are passed around.
 
-`refcoco_list`: a JSON list, or JSON lines, of {image (or file_name, img_path), sentence (or caption, sent, sents,
-expression), bbox, width, height}; how boxes are written is said by a field `bbox_format` or by the option.
+`refcoco_list`: a JSON list, or JSON lines, of {image (or file_name, img_path, image_path), sentence (or caption, sent,
+sents, expression, captions, sentences), bbox, width, height}; how boxes are written is said by a field `bbox_format` or
+by the option. A list of sentences, texts or objects with `sent` or `raw`, gives a sample for each.
 `refcoco_refs`: one object with what the original release has in two files, `refs` (its pickle refs(unc).p, a list:
 ref_id, ann_id, image_id, sentences), `annotations` and `images` as in COCO's instances file (they may stand in a part
 `instances`); its boxes are x, y, width, height.
@@ -17,6 +18,7 @@ from deepseek_vl2.evaluate.readers.common import (
     as_mapping,
     first_of,
     id_of,
+    is_number,
     json_lines,
     question_of,
     read_box,
@@ -24,11 +26,13 @@ from deepseek_vl2.evaluate.readers.common import (
 from deepseek_vl2.evaluate.samples import Sample
 from deepseek_vl2.utils.data_files import parse_json, picture_path
 
-SENTENCE_FIELDS = ("sentence", "caption", "sent", "sents", "expression")
+SENTENCE_FIELDS = ("sentence", "caption", "sent", "sents", "expression", "captions", "sentences")
+# Of a sentence that is an object, as in the original release.
+OBJECT_FIELDS = ("sent", "raw")
 
 
 def list_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the entries of a JSON list, or the lines of JSON lines.
+    """Yields the entries of a JSON list or of JSON lines; those with a list of sentences once for each.
 
     Raises:
         ValueError: it begins like a list and is none.
@@ -36,10 +40,31 @@ def list_entries(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     if not is_list:
-        yield from json_lines(path)
+        for where, line in json_lines(path):
+            yield from _by_sentence(where, _entry_of(line))
         return
     for number, entry in enumerate(_json_of(path), start=1):
-        yield f"entry {number}", entry
+        yield from _by_sentence(f"entry {number}", entry)
+
+
+def _entry_of(line: bytes) -> Any:
+    """What a line holds; a broken one stays as it is, its sample cannot be built."""
+    try:
+        return parse_json(line)
+    except ValueError:
+        return line
+
+
+def _by_sentence(where: str, entry: Any) -> Iterator[tuple[str, Any]]:
+    """Yields an entry; one with a list of sentences once for each, with an id of its own."""
+    sentences = first_of(entry, *SENTENCE_FIELDS) if isinstance(entry, Mapping) else None
+    if not isinstance(sentences, list):
+        yield where, entry
+        return
+    others = {name: value for name, value in entry.items() if name not in SENTENCE_FIELDS}
+    for number, sentence in enumerate(sentences, start=1):
+        sample_id = f"{id_of(entry, where)}, sentence {number}"
+        yield f"{where}, sentence {number}", {**others, "id": sample_id, SENTENCE_FIELDS[0]: sentence}
 
 
 def list_sample(entry: Any, where: str, options: ReadOptions) -> Sample:
@@ -56,7 +81,12 @@ def list_sample(entry: Any, where: str, options: ReadOptions) -> Sample:
         raise ValueError("nothing says how boxes are written: give --box_format xyxy or xywh, or a field bbox_format")
     if fields.get("bbox") is None:
         raise ValueError("no expected box (bbox)")
-    return _sample(id_of(fields, where), where, question_of(fields, *SENTENCE_FIELDS), fields, box_format, options)
+    sentence = first_of(fields, *SENTENCE_FIELDS)
+    if isinstance(sentence, Mapping):
+        question = question_of(sentence, *OBJECT_FIELDS)
+    else:
+        question = question_of(fields, *SENTENCE_FIELDS)
+    return _sample(id_of(fields, where), where, question, fields, box_format, options)
 
 
 class Expression(NamedTuple):
@@ -128,15 +158,15 @@ def refs_sample(entry: Expression | None, where: str, options: ReadOptions) -> S
         raise ValueError(f"there is no annotation {ref.get('ann_id')!r} or no image {ref.get('image_id')!r}")
     sample_id = str(sentence.get("sent_id", where))
     fields = {**image, "image": image.get("file_name"), "bbox": annotation.get("bbox"), "split": ref.get("split")}
-    return _sample(sample_id, where, question_of(sentence, "sent", "raw"), fields, "xywh", options)
+    return _sample(sample_id, where, question_of(sentence, *OBJECT_FIELDS), fields, "xywh", options)
 
 
 def _sample(
     sample_id: str, where: str, sentence: str, fields: Mapping[str, Any], box_format: str, options: ReadOptions
 ) -> Sample:
-    picture = picture_path(first_of(fields, "image", "file_name", "img_path"), options.picture_root)
+    picture = picture_path(first_of(fields, "image", "file_name", "img_path", "image_path"), options.picture_root)
     (size,) = options.sizes_of([picture])
-    said = (fields.get("width"), fields.get("height"))
+    said = (_side(fields, "width"), _side(fields, "height"))
     if any(number not in (None, side) for number, side in zip(said, size, strict=True)):
         raise ValueError(f"{picture} has {size[0]}x{size[1]} pixels, the file says {said[0]}x{said[1]}")
     return Sample(
@@ -149,3 +179,19 @@ def _sample(
         category=str(first_of(fields, "category", "split") or ""),
         split=str(fields.get("split") or ""),
     )
+
+
+def _side(fields: Mapping[str, Any], name: str) -> int | float | None:
+    """A side of the picture as the file says it, as a number or in text; `None` if it does not.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    value = first_of(fields, name)
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if number is not None and not is_number(number):
+        raise ValueError(f"{name} must be a number of pixels, not {value!r:.80}")
+    return int(number) if isinstance(number, float) and number.is_integer() else number

@@ -1,7 +1,8 @@
 """VLMEvalKit's files: tables with tabs, columns index, image, question, answer, A, B, ..., category.
 
 `image` holds a picture as base64, a list of several, or the index of another row whose picture is meant; in place of it
-`image_path` may hold paths. RefCOCO's file has its box in columns bbox_x1, bbox_y1, bbox_x2, bbox_y2, in pixels.
+`image_path` may hold paths. The answer to a choice is a letter ("B", "(B)", "B.", "B)") or an option's text. RefCOCO's
+file has its box in columns bbox_x1, bbox_y1, bbox_x2, bbox_y2, in pixels.
 """
 
 import base64
@@ -108,7 +109,7 @@ def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
     """Builds the sample of a row.
 
     Raises:
-        ValueError: no question, too few cells, or a picture that is none.
+        ValueError: no question, too few cells, an answer that names several options, or a picture that is none.
         OSError: a picture is not there.
     """
     cells = row.cells
@@ -120,6 +121,9 @@ def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
     pictures = _pictures(row, options)
     sizes = options.sizes_of(pictures)
     choices = {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
+    answer = cells.get("answer")
+    # An option may look like a list: "[1, 2]".
+    answers = texts(answer, reads_text=answer not in choices.values())
     return Sample(
         id=cells["index"] or where,
         where=where,
@@ -127,7 +131,7 @@ def tsv_sample(row: TsvRow, where: str, options: ReadOptions) -> Sample:
         pictures=pictures,
         sizes=sizes,
         boxes=_boxes(cells, sizes),
-        answers=tuple(letter_of(answer, choices) for answer in texts(cells.get("answer"))),
+        answers=tuple(letter_of(text, choices) for text in answers),
         options=choices,
         hint=cells.get("hint") or "",
         category=first_of(cells, "category", "split") or "",

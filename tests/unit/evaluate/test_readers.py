@@ -3,57 +3,16 @@
 import base64
 import copy
 import csv
-import io
 import json
 
 import pytest
-from PIL import Image
+from benchmark_files import HEIGHT, WIDTH, lines, png, read, take_all, tsv
 
 from deepseek_vl2.evaluate.readers import choose_format, read_samples
 from deepseek_vl2.evaluate.readers.common import listed, read_box
+from deepseek_vl2.evaluate.tasks import TASKS
 from deepseek_vl2.nano.architecture import nano_processor
 from deepseek_vl2.train.data import parse_line
-
-WIDTH, HEIGHT = 60, 40
-
-
-def take_all(sample):
-    """A task's preparation that refuses nothing and changes nothing."""
-    return sample
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, color in (("a.png", "red"), ("b.png", "blue")):
-        Image.new("RGB", (WIDTH, HEIGHT), color).save(tmp_path / name)
-    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    return tmp_path
-
-
-def png(color="red", size=(WIDTH, HEIGHT)):
-    data = io.BytesIO()
-    Image.new("RGB", size, color).save(data, "PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def read(folder, name, content, form=None, **options):
-    path = folder / name
-    path.write_text(content, encoding="utf-8")
-    return read_samples(path, choose_format(path, form), take_all, **options)
-
-
-def tsv(*rows):
-    text = io.StringIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, columns, delimiter="\t", lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def lines(*documents):
-    return "".join((doc if isinstance(doc, str) else json.dumps(doc)) + "\n" for doc in documents)
-
 
 # -- tables of VLMEvalKit ---------------------------------------------------------------------------------------------
 
@@ -249,6 +208,63 @@ def test_bad_referring_expressions(folder, change, reason):
     assert reason in problem.reason
 
 
+SENTENCES = ["left cat", " red cat "]
+
+
+@pytest.mark.parametrize(
+    ("field", "sentences"),
+    [
+        ("sents", SENTENCES),
+        ("captions", SENTENCES),
+        ("sentences", [{"sent": "left cat"}, {"sent": "red cat", "sent_id": 4}]),
+        ("sentences", [{"raw": "left cat"}, {"raw": "red cat"}]),
+    ],
+)
+@pytest.mark.parametrize("is_list", [True, False])
+def test_an_entry_with_several_sentences_gives_a_sample_for_each(folder, field, sentences, is_list):
+    rest = {name: value for name, value in ENTRY.items() if name != "sentence"}
+    entries = [{**rest, field: sentences, "id": 5}, {**rest, field: sentences[:1]}]
+    content = json.dumps(entries) if is_list else lines(*entries)
+    samples, problems = read(folder, "d.json", content, "refcoco_list", box_format="xyxy")
+    assert problems == []
+    place = "entry" if is_list else "line"
+    assert [(sample.id, sample.where, sample.question) for sample in samples] == [
+        ("5, sentence 1", f"{place} 1, sentence 1", "left cat"),
+        ("5, sentence 2", f"{place} 1, sentence 2", "red cat"),
+        (f"{place} 2, sentence 1", f"{place} 2, sentence 1", "left cat"),
+    ]
+    assert all(sample.boxes == ((10, 5, 30, 25),) for sample in samples)
+
+
+def test_a_bad_sentence_of_several_is_named_alone(folder):
+    sentences = ["left cat", 7, {"sent": " "}, {"text": "red cat"}]
+    content = "{\n" + lines({**ENTRY, "sentence": sentences}, {**ENTRY, "sentence": []})
+    (sample,), problems = read(folder, "d.jsonl", content, "refcoco_list", box_format="xyxy")
+    assert sample.question == "left cat"
+    places = ["line 1", *(f"line 2, sentence {number}" for number in (2, 3, 4)), "line 3"]
+    assert [problem.where for problem in problems] == places
+    assert "not JSON" in problems[0].reason
+    assert all("no question" in problem.reason for problem in problems[1:])
+
+
+def test_pictures_of_a_refcoco_list_by_image_path_and_their_sizes_as_text(folder):
+    entry = {**ENTRY, "image": None, "image_path": "a.png", "bbox_format": "xyxy"}
+    sizes = [("60", "40"), ("60.0", 40.0), ("", None), ("61", 40), ("wide", 40), (60, [40]), (60, "nan"), (60, True)]
+    content = json.dumps([{**entry, "width": width, "height": height} for width, height in sizes])
+    samples, problems = read(folder, "d.json", content, "refcoco_list")
+    assert [(sample.where, sample.sizes) for sample in samples] == [
+        (f"entry {number}", ((WIDTH, HEIGHT),)) for number in (1, 2, 3)
+    ]
+    reasons = (
+        "has 60x40 pixels, the file says 61x40",
+        "width must be a number of pixels, not 'wide'",
+        "height must be a number of pixels, not [40]",
+        "height must be a number of pixels, not 'nan'",
+        "height must be a number of pixels, not True",
+    )
+    assert all(reason in problem.reason for reason, problem in zip(reasons, problems, strict=True))
+
+
 REFS = {
     "refs": [
         {
@@ -300,158 +316,6 @@ def test_broken_json_is_refused_with_the_name_of_the_file(folder, form, content)
 def test_refcoco_refs_needs_its_three_lists(folder):
     with pytest.raises(ValueError, match="lists refs, annotations and images"):
         read(folder, "d.json", json.dumps({"refs": []}), "refcoco_refs")
-
-
-# -- lmms-eval --------------------------------------------------------------------------------------------------------
-
-
-def test_lmms_eval(folder):
-    content = lines(
-        {"doc_id": 3, "doc": {"question": "Q?", "answers": ["x", "y"], "image": "a.png"}, "target": "x"},
-        {"doc_id": 4, "doc": {"question": "Q?", "image_path": ["a.png", "b.png"]}, "target": "z"},
-        {"question": "Q?", "options": ["cat", "dog"], "answer": "dog", "id": "own", "category": "animals"},
-        {"question": "Q?", "options": "['cat', 'dog']", "answer": "A"},
-        {"question": "Q?", "A": "cat", "B": "dog", "answer": "B"},
-    )
-    samples, problems = read(folder, "d.jsonl", content, "lmms_eval")
-    assert problems == []
-    assert [sample.id for sample in samples] == ["3", "4", "own", "line 4", "line 5"]
-    assert [sample.answers for sample in samples] == [("x", "y"), ("z",), ("B",), ("A",), ("B",)]
-    assert samples[1].pictures == (str(folder / "a.png"), str(folder / "b.png"))
-    assert samples[2].options == samples[3].options == samples[4].options == {"A": "cat", "B": "dog"}
-    assert samples[2].category == "animals"
-
-
-LABELS = ["root", "leaf", "stem"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "answers"),
-    [
-        ({"doc": {"options": LABELS, "answer": "1"}, "target": "B"}, ("B",)),  # AI2D
-        ({"doc": {"options": LABELS, "answer": "1"}}, ("B",)),
-        ({"doc": {"options": LABELS, "answer": 0}, "target": "1"}, ("A",)),
-        ({"doc": {"options": LABELS, "answer": "stem"}, "target": "2"}, ("C",)),
-        ({"doc": {"options": ["3", "0", "1"], "answer": "1"}}, ("B",)),  # a place, as in AI2D
-        ({"doc": {"choices": ["3", "0", "1"], "answer": "1"}}, ("C",)),  # a text, as in MathVista
-        ({"doc": {"choices": ["3", "0", "1"], "answer": 1}}, ("B",)),  # a place, as in ScienceQA
-        ({"doc": {"options": ["3", "0", "1"], "answer": "1"}, "target": "B"}, ("B",)),
-        ({"doc": {"options": ["0", "1"], "answer": "1"}, "target": "1"}, ("B",)),  # a text or a place, the same
-        ({"doc": {"A": "root", "B": "leaf", "answer": "1"}}, ("1",)),  # no list that could be counted
-        ({"doc": {"options": LABELS, "answer": "7"}}, ("7",)),
-        ({"doc": {"answer": 0}, "target": "zero"}, ("0",)),
-        ({"doc": {"answer": ""}, "target": 0}, ("0",)),
-    ],
-)
-def test_answers_of_lmms_eval(folder, fields, answers):
-    fields["doc"]["question"] = "Which?"
-    (sample,), problems = read(folder, "d.jsonl", lines(fields), "lmms_eval")
-    assert (sample.answers, problems) == (answers, [])
-
-
-def test_options_of_lmms_eval_by_letter_and_as_choices(folder):
-    documents = [
-        {"question": "q", "answer": "b", "options": {"A": "x", "B": "y"}},
-        {"question": "q", "answer": 1, "choices": ["x", "y"]},
-    ]
-    samples, problems = read(folder, "data.jsonl", lines(*documents), "lmms_eval")
-    assert problems == []
-    assert [(sample.options, sample.answers) for sample in samples] == [({"A": "x", "B": "y"}, ("B",))] * 2
-
-
-def test_open_questions_of_mmmu_are_asked_beside_other_answers(folder):
-    document = {"id": "v1", "question": "q <image 1>", "options": "[]", "answer": "['5', 'five']", "image_1": "a.png"}
-    content = lines({"doc": document | {"question_type": "open", "split": "validation"}})
-    (sample,), problems = read(folder, "data.jsonl", content, "lmms_eval")
-    assert problems == []
-    assert sample.options == {"A": "5", "B": "five", "C": "Other Answers"}
-    assert (sample.answers, sample.split) == (("A", "B"), "validation")
-
-
-@pytest.mark.parametrize("bbox", [[0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 0.75, 1], [15, 20, 30, 20]])
-def test_referring_expressions_of_lmms_eval(folder, bbox):
-    document = {"question": "Give the box.", "answer": "the red one", "bbox": bbox, "image": "a.png"}
-    (sample,), problems = read(folder, "data.jsonl", lines({"doc_id": 1, "doc": document}), "lmms_eval")
-    assert problems == []
-    assert (sample.question, sample.boxes) == ("the red one", ((15.0, 20.0, 45.0, 40.0),))
-
-
-def test_shares_that_end_a_fraction_of_a_pixel_outside_are_no_pixels(folder):
-    document = {"answer": "the red one", "bbox": [0, 0.5, 1.005, 1.01], "image": "a.png"}
-    (sample,), _ = read(folder, "data.jsonl", lines({"doc": document}), "lmms_eval")
-    assert sample.boxes == ((0.0, 20.0, pytest.approx(60.3), pytest.approx(40.4)),)
-
-
-@pytest.mark.parametrize("is_log", [True, False])
-def test_a_question_in_another_order_of_its_options_keeps_its_index(folder, is_log):
-    """MMBench's CircularEval counts both as one."""
-    document = {"question": "Which?", "A": "cat", "B": "dog", "answer": "A", "image": "a.png"}
-    documents = [document | {"index": index} for index in (5, 1000005)]
-    content = lines(*({"doc_id": number, "doc": doc} if is_log else doc for number, doc in enumerate(documents)))
-    samples, problems = read(folder, "data.jsonl", content, "lmms_eval")
-    assert ([sample.id for sample in samples], problems) == (["5", "1000005"], [])
-
-
-def test_an_index_of_other_questions_does_not_go_before_the_number_of_the_log(folder):
-    content = lines(*({"doc_id": n, "doc": {"index": 7, "question": "What?", "answer": "x"}} for n in (0, 1)))
-    assert [sample.id for sample in read(folder, "data.jsonl", content, "lmms_eval").samples] == ["0", "1"]
-
-
-@pytest.mark.parametrize(("numbers", "ids"), [((0, 1), ["0", "1"]), ((None, None), ["line 1", "line 2"])])
-def test_expressions_for_the_same_object_stay_apart_though_lmms_eval_gives_them_one_id(folder, numbers, ids):
-    document = {"question_id": "o1", "question": "Give the box.", "bbox": [1, 1, 5, 5], "image": "a.png"}
-    expressions = ("the red one", "the left one")
-    content = lines(
-        *(
-            document | {"answer": expression}
-            if number is None
-            else {"doc_id": number, "doc": document | {"answer": expression}}
-            for number, expression in zip(numbers, expressions, strict=True)
-        )
-    )
-    samples, problems = read(folder, "data.jsonl", content, "lmms_eval")
-    assert problems == []
-    assert [(sample.id, sample.question) for sample in samples] == list(zip(ids, expressions, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"answer": ["one", "two"]}, "2 referring expressions in 'answer'"),
-        ({"bbox": [0.5, 0.5, 0.25, 1.0]}, "has no area"),
-        ({"bbox": "all"}, "a box must be four numbers"),
-        ({"image": None}, "a box needs a picture"),
-    ],
-)
-def test_bad_referring_expressions_of_lmms_eval(folder, change, reason):
-    document = {"answer": "the red one", "bbox": [1, 1, 5, 5], "image": "a.png"} | change
-    samples, (problem,) = read(folder, "data.jsonl", lines({"doc": document}), "lmms_eval")
-    assert samples == []
-    assert reason in problem.reason
-
-
-def test_answers_of_people_as_vqa_writes_them(folder):
-    document = {"question": "q", "answers": [{"answer": "a", "answer_id": 1}, {"answer": "b", "answer_id": 2}]}
-    (sample,), _ = read(folder, "data.jsonl", lines({"doc": document}), "lmms_eval")
-    assert sample.answers == ("a", "b")
-
-
-def test_an_answer_of_lmms_eval_with_two_meanings_is_refused(folder):
-    document = {"question": "Which?", "options": ["3", "0", "1"], "answer": "1"}
-    _, (problem,) = read(folder, "d.jsonl", lines({"doc": document, "target": "1"}), "lmms_eval")
-    assert "'1' may be option C, whose text it is, or option B" in problem.reason
-
-
-def test_empty_cells_and_numbered_pictures_of_lmms_eval(folder):
-    content = lines(
-        {"question": "Q?", "A": "cat", "B": "dog", "C": "nan", "D": float("nan"), "hint": "nan", "answer": "A"},
-        {"question": "Q?", "hint": "Look.", "image_1": "a.png", "image_2": "b.png", "image_3": None},
-        {"question": "Q?", "image": "b.png", "image_1": "a.png"},
-    )
-    first, second, third = read(folder, "d.jsonl", content, "lmms_eval").samples
-    assert (first.options, first.hint, first.pictures) == ({"A": "cat", "B": "dog"}, "", ())
-    assert (second.hint, second.pictures) == ("Look.", (str(folder / "a.png"), str(folder / "b.png")))
-    assert third.pictures == (str(folder / "b.png"),)
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------
@@ -647,3 +511,61 @@ def test_lists_in_cells(cell, entries):
 
 def test_a_box_may_end_a_fraction_of_a_pixel_outside():
     assert read_box([-0.4, 0, 60.5, 40], "xyxy", (60, 40)) == (-0.4, 0, 60.5, 40)
+
+
+def choice_file(form, options, answer):
+    """A file with one multiple choice and the ending that says its format."""
+    if form == "tsv":
+        return "d.tsv", tsv({"index": 1, "image": png(), "question": "q", "answer": answer, **options})
+    if form == "conversations":
+        return "d.jsonl", lines({"messages": [QUESTION], "answer": answer, "options": options})
+    if form == "fields":
+        return "d.jsonl", lines({"question": "q", "image": "a.png", "answer": answer, **options})
+    return "d.jsonl", lines({"question": "q", "image": "a.png", "answer": answer, "options": list(options.values())})
+
+
+def read_choice(folder, form, options, answer):
+    name, content = choice_file(form, options, answer)
+    format_name = form if form in ("tsv", "conversations") else "lmms_eval"
+    return read(folder, name, content, format_name, prepare=TASKS["mmstar"].prepare)
+
+
+ANIMALS = {"A": "cat", "B": "dog", "C": "U.S."}
+LETTERED = {"A": "B", "B": "A"}
+IN_ALL_FORMATS = pytest.mark.parametrize("form", ["tsv", "conversations", "fields", "options"])
+
+
+@IN_ALL_FORMATS
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        *[(ANIMALS, answer, "B") for answer in ("B", "b", " dog ", "(B)", "(b)", "B.", "B)", "b. ")],
+        (ANIMALS, "U.S.", "C"),
+        (LETTERED, "B", "B"),  # a capital letter goes before the text
+        ({"A": "B+", "B": "A+"}, "A+", "B"),
+        ({"A": "[1, 2]", "B": "1", "C": "3"}, "[1, 2]", "A"),
+    ],
+)
+def test_answers_to_a_choice_by_letter_and_by_text(folder, form, options, answer, letter):
+    (sample,), problems = read_choice(folder, form, options, answer)
+    assert (sample.answers, sample.options, problems) == ((letter,), options, [])
+
+
+@IN_ALL_FORMATS
+@pytest.mark.parametrize(
+    ("options", "answer", "reason"),
+    [
+        (ANIMALS, "horse", "the answer 'horse' is none of the options' letters A, B, C"),
+        (ANIMALS, "Dog", "the answer 'Dog' is none of the options' letters A, B, C"),
+        (ANIMALS, "(D)", "the answer '(D)' is none of the options' letters A, B, C"),
+        (ANIMALS, "(B", "the answer '(B' is none of the options' letters A, B, C"),
+        (ANIMALS, "A or B", "the answer 'A or B' is none of the options' letters A, B, C"),
+        ({"A": "cat", "B": "dog", "C": "dog"}, "dog", "the answer 'dog' may be option B or C of A, B, C; write its"),
+        ({"A": "b", "B": "a"}, "a", "the answer 'a' may be option A or B of A, B; write its capital letter alone"),
+        ({"A": "(B)", "B": "(A)"}, "(A)", "the answer '(A)' may be option A or B of A, B"),
+    ],
+)
+def test_answers_to_a_choice_that_name_no_option_or_several_are_refused(folder, form, options, answer, reason):
+    samples, (problem,) = read_choice(folder, form, options, answer)
+    assert samples == []
+    assert reason in problem.reason
