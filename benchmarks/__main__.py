@@ -57,6 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Reads the command line."""
     parser = OneLineParser(prog=PROGRAM, description="Measure a model beside this machine's limits.")
     add_load_arguments(parser)
+    parser.set_defaults(model_path=None)  # to tell what was given from what was not
     parser.add_argument("--size", choices=PUBLISHED_SIZES, help="in place of --model_path: random weights of this size")
     parser.add_argument("--layers", type=int, help="with --size: only the first so many layers of the language model")
     parser.add_argument("--folder", type=Path, help=f"with --size: where they are written; default: in {CHECKPOINTS}")
@@ -78,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program on numbers and names that cannot work."""
+    """Ends the program on numbers and names that cannot work; sets the model if none is given."""
     unknown = [part for part in options.parts if part not in ALL_PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}: take some of {','.join(ALL_PARTS)}")
@@ -88,8 +89,10 @@ def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace
             parser.error(f"--{name} {value} must be at least {least}")
     if options.size is None and (options.layers is not None or options.folder is not None):
         parser.error("--layers and --folder go with --size")
-    if options.size is not None and options.model_path != "nano":
+    if options.size is not None and options.model_path is not None:
         parser.error("give --size or --model_path, not both")
+    if options.size is None and options.model_path is None:
+        options.model_path = "nano"
 
 
 def find_model(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from benchmarks.timing import synchronize
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.utils.io import LoadedModel
 
+CHUNK_SIZE = 512
 # Five views and 1,036 tokens of tiny and base.
 PICTURE_SIZE = (640, 480)
 QUESTION = "<image>\nWhat is in this picture?"
@@ -49,6 +50,11 @@ class Bench:
     @property
     def device(self) -> torch.device:
         return self.loaded.model.device
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens that are prefilled at once where memory is measured; no more than the context."""
+        return min(CHUNK_SIZE, self.config.language_config.max_position_embeddings)
 
     def picture(self) -> Image.Image:
         """A picture of noise."""

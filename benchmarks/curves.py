@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench import Bench
-from benchmarks.measurements import CHUNK_SIZE, WHOLE, prefill_peak
+from benchmarks.bench import CHUNK_SIZE, Bench
+from benchmarks.measurements import WHOLE, prefill_peak
 from benchmarks.timing import seconds_of
 from deepseek_vl2.utils.model_size import cache_bytes_per_token
 
@@ -55,7 +55,7 @@ def measure_curves(bench: Bench) -> list[dict[str, Any]]:
                 "prefill_s": median(prefill),
                 "decode_s": bench.generate(DECODED_TOKENS, inputs_embeds=embeds).step,
                 "cache_gb": cache / GB,
-                "chunked_gb": (cache + prefill_peak(bench, num_tokens, CHUNK_SIZE)) / GB,
+                "chunked_gb": (cache + prefill_peak(bench, num_tokens, bench.chunk_size)) / GB,
                 "whole_gb": (cache + prefill_peak(bench, num_tokens, WHOLE)) / GB,
             }
         )

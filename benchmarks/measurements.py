@@ -15,7 +15,6 @@ from deepseek_vl2.utils.model_size import WEIGHT_KINDS, cache_bytes_per_token
 BATCH_SIZES = (1, 2, 4, 8)
 BATCH_PROMPT_TOKENS = 128
 LONG_PROMPT_TOKENS = 4096
-CHUNK_SIZE = 512
 WHOLE = -1
 GB = 1e9
 GFLOP = 1e9
@@ -103,7 +102,7 @@ def measure_decode(bench: Bench) -> list[Figure]:
     """Decoding one row after a prompt with a picture."""
     inputs = bench.prepare()
     num_cached = inputs.input_ids.shape[1] + bench.num_new_tokens // 2
-    embeds, cache = bench.model.incremental_prefilling(**inputs, chunk_size=CHUNK_SIZE)
+    embeds, cache = bench.model.incremental_prefilling(**inputs, chunk_size=bench.chunk_size)
     prompt = {"inputs_embeds": embeds, "input_ids": inputs.input_ids, "past_key_values": cache}
     num_bytes = decode_bytes(bench.config, num_cached, bench.weights)
 
@@ -184,11 +183,11 @@ def measure_prefill_memory(bench: Bench) -> list[Figure]:
     """Memory for computing a long prompt, in chunks and whole."""
     num_tokens = min(LONG_PROMPT_TOKENS, bench.max_tokens)
     prefill_peak(bench, min(64, num_tokens), WHOLE)  # what libraries set aside at their first call
-    chunked = prefill_peak(bench, num_tokens, CHUNK_SIZE)
+    chunked = prefill_peak(bench, num_tokens, bench.chunk_size)
     whole = prefill_peak(bench, num_tokens, WHOLE)
     return [
         Figure("prefill_memory_prompt", num_tokens, "tokens"),
-        Figure(f"prefill_memory_chunk_{CHUNK_SIZE}", chunked / GB, "GB"),
+        Figure(f"prefill_memory_chunk_{bench.chunk_size}", chunked / GB, "GB"),
         Figure("prefill_memory_whole", whole / GB, "GB"),
         Figure("prefill_memory_chunk_over_whole", chunked / max(1, whole), "x"),
     ]

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from benchmarks.bench import Bench
-from benchmarks.measurements import CHUNK_SIZE
 from benchmarks.timing import synchronize
 
 # The modules whose calls are timed, by their names; none lies within another.
@@ -72,7 +71,7 @@ def profile(bench: Bench) -> dict[str, dict[str, float]]:
     does between two calls of the model.
     """
     inputs = bench.prepare()
-    embeds, cache = bench.model.incremental_prefilling(**inputs, chunk_size=CHUNK_SIZE)
+    embeds, cache = bench.model.incremental_prefilling(**inputs, chunk_size=bench.chunk_size)
     prompt = {"inputs_embeds": embeds, "input_ids": inputs.input_ids, "past_key_values": cache}
     result = {
         "vision": _profile_once(

@@ -1,5 +1,6 @@
 """What both models add to transformers' `generate`: prompt limits and caches that were prefilled by hand."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,12 +41,12 @@ def check_chunk_size(chunk_size: int, max_length: int | None = None) -> None:
         max_length: Tokens that the model has room for, where they are known.
 
     Raises:
-        ValueError: If `chunk_size` is 0, below -1, or larger than the context.
+        ValueError: If `chunk_size` is no whole number, 0, below -1, or larger than the context.
     """
-    if chunk_size < -1 or chunk_size == 0:
-        raise ValueError(f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt at once.")
+    if not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool) or chunk_size < -1 or chunk_size == 0:
+        raise ValueError(f"chunk_size {chunk_size!r} must be at least 1, or -1 for the whole prompt at once.")
     # The default is for small contexts, too.
-    if max_length is not None and chunk_size > max(max_length, DEFAULT_CHUNK_SIZE):
+    if max_length is not None and chunk_size > max_length and chunk_size != DEFAULT_CHUNK_SIZE:
         raise ValueError(
             f"chunk_size {chunk_size} is larger than the context of {max_length} tokens; take -1 for the whole prompt "
             "at once."

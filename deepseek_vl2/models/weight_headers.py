@@ -27,8 +27,12 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         return {folder / WEIGHTS_FILE: set()}
     files: dict[Path, set[str]] = {}
     try:
-        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        for tensor, file in content["weight_map"].items():
             files.setdefault(folder / file, set()).add(tensor)
+        if not files:
+            raise ValueError("its weight_map is empty")
+        content["metadata"]  # transformers loads nothing without
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is broken, copy or download it again: {error!r}") from error
     return files

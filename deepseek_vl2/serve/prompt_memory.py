@@ -80,6 +80,7 @@ class PromptMemory:
         with self.in_use(()):
             self._forget()
             self._features.clear()
+            self.last_reuse = None
 
     @contextmanager
     def in_use(self, new_ids: Sequence[int]) -> Iterator[None]:

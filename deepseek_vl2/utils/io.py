@@ -366,6 +366,11 @@ def checkpoint_folder(name_or_folder: str) -> str:
     if not folder.is_dir() and not folder.is_absolute():
         folder = Path(_download(name_or_folder))
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds an adapter and no model: give the model it was trained on and --adapter, or merge it "
+                "first: python -m deepseek_vl2.train.merge --help"
+            )
         raise FileNotFoundError(f"{folder} has no config.json: it is not a model folder")
     missing = [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]
     if missing:

@@ -66,6 +66,7 @@ def check_profile(profile):
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--layers", "3"], "--layers and --folder go with --size"),
         (["--size", "tiny", "--model_path", "x"], "give --size or --model_path, not both"),
+        (["--size", "tiny", "--model_path", "nano"], "give --size or --model_path, not both"),
     ],
 )
 def test_bad_options_end_the_program(capsys, arguments, message):

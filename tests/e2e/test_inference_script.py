@@ -384,6 +384,8 @@ def test_cuda_where_there_is_none(run, monkeypatch):
 def test_model_folders(run, tmp_path, checkpoint):
     failed(run(model=tmp_path / "nowhere"), "there is no model folder", "nowhere")
     failed(run(model=tmp_path), "has no config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    failed(run(model=tmp_path), "holds an adapter and no model", "--adapter")
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     failed(run(model=tmp_path), "the model's processor is missing")
 

@@ -109,10 +109,10 @@ def test_an_address_that_does_not_answer_in_time():
             load_pil_images(user("<image>", address), timeout=0.3)
 
 
-@pytest.mark.parametrize("chunk_size", [0, -2])
+@pytest.mark.parametrize("chunk_size", [0, -2, 2.5, "5", True, None])
 def test_chunk_sizes(parts, chunk_size):
     model, processor, _ = parts
-    message = f"chunk_size {chunk_size} must be at least 1, or -1 for the whole prompt"
+    message = f"chunk_size {chunk_size!r} must be at least 1, or -1 for the whole prompt"
     with pytest.raises(ValueError, match=message):
         deepseek_generate(user("<image>", RED), *parts, chunk_size=chunk_size)
     inputs = processor(conversations=user("<image>", RED), images=[RED])

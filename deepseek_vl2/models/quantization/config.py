@@ -61,9 +61,9 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         if unknown:
             name, value = next(iter(unknown.items()))
             raise ValueError(f"quantization_config has no {name!r} (value {value!r}); it has bits and group_size.")
-        if bits not in QUANTIZATIONS.values():
+        if type(bits) is not int or bits not in QUANTIZATIONS.values():
             raise ValueError(f"bits {bits!r} must be 8 or 4.")
-        if group_size not in GROUP_SIZES:
+        if type(group_size) is not int or group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {group_size!r} must be one of {', '.join(map(str, GROUP_SIZES))}.")
         if layout_version != LAYOUT_VERSION:
             raise ValueError(

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.generation import DEFAULT_CHUNK_SIZE, check_chunk_size
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": PAD_ID, "eos_token_id": EOS_ID}
 ROWS = [make_inputs([(2, 1)], seed=1), make_inputs([(1, 1), (1, 2)], seed=2), make_inputs([], num_text=9, seed=3)]
@@ -67,8 +68,13 @@ def test_prompt_in_chunks(vl_model, expected, chunk_size):
 
 def test_a_chunk_larger_than_the_context_is_refused(vl_model):
     limit = vl_model.config.language_config.max_position_embeddings
-    with pytest.raises(ValueError, match=f"chunk_size 100000 is larger than the context of {limit} tokens"):
-        vl_model.incremental_prefilling(**BATCH, chunk_size=100_000)
+    for chunk_size in (100_000, limit + 1):
+        with pytest.raises(ValueError, match=f"chunk_size {chunk_size} is larger than the context of {limit} tokens"):
+            vl_model.incremental_prefilling(**BATCH, chunk_size=chunk_size)
+    vl_model.incremental_prefilling(**BATCH, chunk_size=limit)
+    with pytest.raises(ValueError, match="chunk_size 51 is larger than the context of 50 tokens"):
+        check_chunk_size(51, 50)
+    check_chunk_size(DEFAULT_CHUNK_SIZE, 50)
 
 
 @pytest.mark.parametrize("chunk_size", [4, -1])

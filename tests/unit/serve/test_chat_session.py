@@ -326,6 +326,7 @@ def test_a_session_can_be_cleared(model, processor, session):
     assert session.memory.num_tokens < num_places  # with the room that the cache has for more
     session.clear()
     assert session.num_bytes == session.memory.num_tokens == 0
+    assert session.last_reuse is None
     check_fresh(session, model, processor, FIRST)
     assert session.last_reuse.num_reused_tokens == 0
     assert session.last_reuse.num_encoded_views > 0  # the tower's weights may be others now

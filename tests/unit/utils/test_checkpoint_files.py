@@ -16,7 +16,7 @@ FIRST, SECOND = "model-1.safetensors", "model-2.safetensors"
 def sharded(tmp_path):
     save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16)}, tmp_path / FIRST)
     save_file({"c": torch.zeros(2)}, tmp_path / SECOND, metadata={"format": "pt"})
-    index = {"weight_map": {"a": FIRST, "b": FIRST, "c": SECOND}}
+    index = {"metadata": {}, "weight_map": {"a": FIRST, "b": FIRST, "c": SECOND}}
     (tmp_path / INDEX_FILE).write_text(json.dumps(index))
     return tmp_path
 
@@ -68,7 +68,7 @@ def test_a_tensor_that_only_the_index_knows_is_named(sharded):
     assert check_weight_files(sharded).problems == [f"{FIRST} lacks 1 tensors that the index names, such as b"]
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "f"}}'])
 def test_a_broken_index_is_named(sharded, content):
     (sharded / INDEX_FILE).write_text(content)
     (problem,) = check_weight_files(sharded).problems

@@ -409,7 +409,7 @@ def test_a_weight_that_is_no_number_is_not_quantised(small_checkpoint, tmp_path)
         load_pretrained_model(folder, "float32", "cpu", quantize="int8")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"meta', '{"weight_map": 5}'])
+@pytest.mark.parametrize("content", ["{}", "[]", '{"meta', '{"weight_map": 5}', '{"weight_map": {}, "metadata": {}}'])
 def test_a_broken_index_is_named(small_checkpoint, tmp_path, content):
     folder = tmp_path / "changed"
     shutil.copytree(small_checkpoint, folder)

@@ -174,6 +174,8 @@ def test_bits_of_a_layer(name, bits):
     [
         ({"bits": 3}, "bits 3 must be 8 or 4"),
         ({"bits": "8"}, "bits '8' must be"),
+        ({"bits": 8.0}, "bits 8.0 must be"),
+        ({"bits": 4, "group_size": 64.0}, "group_size 64.0 must be"),
         ({"bits": 4, "group_size": 48}, "group_size 48 must be one of 32, 64, 128"),
         ({"layout_version": LAYOUT_VERSION + 1}, "Quantise the original checkpoint again"),
     ],

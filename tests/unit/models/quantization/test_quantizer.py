@@ -209,6 +209,20 @@ def test_a_model_that_is_quantised_in_place_loads_again(saved, loaded, tmp_path)
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 
+def test_weights_under_other_names_are_quantised_and_loaded_too(original, loaded, tmp_path):
+    """Of a variant, in files of which what they hold would be looked for under the usual names."""
+    original.save_pretrained(tmp_path / "plain", variant="other")
+    config = loaded.config.quantization_config
+    again = DeepseekVLV2ForCausalLM.from_pretrained(
+        tmp_path / "plain", variant="other", dtype=torch.bfloat16, quantization_config=config
+    )
+    again.save_pretrained(tmp_path / "quantised", variant="other")
+    both = [again, DeepseekVLV2ForCausalLM.from_pretrained(tmp_path / "quantised", variant="other")]
+    for model in both:
+        found = model.state_dict()
+        assert all(torch.equal(value, found[name]) for name, value in loaded.state_dict().items())
+
+
 def test_files_of_an_earlier_checkpoint_are_named(saved, tmp_path):
     """Where shards were saved beside one file, that one is read."""
     damaged_copy(saved, tmp_path, lambda folder: None)
