@@ -98,6 +98,8 @@ def _call(
     outputs: list[Path],
 ) -> None:
     """Runs in the new process, which begins as one that a shell starts."""
+    # Else its own processes would be forks of the server, too, and not notice that it has died.
+    multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
