@@ -15,7 +15,7 @@ from .quantization.choice import own_quantization
 from .quantization.config import QUANTIZATIONS, WeightOnlyConfig
 from .quantization.layers import EXPERT_WEIGHTS, SCALES, is_exact
 from .quantization.packing import padded_rows
-from .weight_headers import stored_tensors
+from .weight_headers import stored_tensors, weight_files
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NO_LINEARS = ("embed_tokens", "gate")
@@ -89,6 +89,30 @@ def check_memory(
         f"not enough memory for the weights in {os.fspath(path)}: they take {_gigabytes(needed)} as {kind}, "
         f"{_gigabytes(available)} are available; {way_out}"
     )
+
+
+def check_memory_of_files(
+    files: Sequence[str | os.PathLike[str]],
+    quantize: str | WeightOnlyConfig | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+) -> None:
+    """Does what `check_memory` does, for the files that transformers is about to load.
+
+    Files of other kinds have no headers to read, and those under other names, such as another variant's, are not those
+    that would be counted: they are loaded unchecked.
+
+    Args:
+        files: At least one.
+        quantize: See `check_memory`.
+        dtype: See `check_memory`.
+
+    Raises:
+        ValueError: See `check_memory`.
+        FileNotFoundError: See `check_memory`.
+    """
+    folder = Path(files[0]).parent
+    if weight_files(folder).keys() == {Path(file) for file in files}:
+        check_memory(folder, quantize, dtype)
 
 
 def _name(dtype: torch.dtype | str) -> str:

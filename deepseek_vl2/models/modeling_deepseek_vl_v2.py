@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +19,13 @@ from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig
 from .device_placement import place_view_embeddings
 from .generation import DEFAULT_CHUNK_SIZE, PrefilledGenerationMixin, check_cache, check_chunk_size, check_prompt_length
 from .growing_cache import GrowingCache
-from .memory import check_memory
+from .memory import check_memory_of_files
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .parallel import CheckedSharesMixin
 from .projector import MlpProjector
 from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
 from .view_batches import views_at_once
-from .weight_headers import weight_files
 
 # Tokens of an answer that a prefilled cache has room for before it grows.
 ROOM_FOR_ANSWERS = 512
@@ -70,10 +68,7 @@ def _check_memory_of_cpu(checkpoint_files: Sequence[str] | None, load_config: An
     is_shared = load_config.device_mesh is not None
     if devices != {"cpu"} or is_shared or load_config.is_quantized or not checkpoint_files:
         return
-    folder = Path(checkpoint_files[0]).parent
-    # Files of other kinds have no headers to read.
-    if set(weight_files(folder)) == {Path(file) for file in checkpoint_files}:
-        check_memory(folder, dtype=dtype)
+    check_memory_of_files(checkpoint_files, dtype=dtype)
 
 
 class DeepseekVLV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):

@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..conversion_mapping import FuseExperts, experts_of_layer
 from ..mapped_files import MappedFiles
-from ..weight_headers import read_header, weight_files
+from ..weight_headers import read_header
 from . import kernels, packing
 from .config import METHOD, WeightOnlyConfig
 from .layers import EXPERT_WEIGHTS, SCALES, QuantizedExperts, QuantizedModule, int4_weights, replace_layers
@@ -151,17 +151,14 @@ class WeightOnlyQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         # Not above: that module needs this package.
-        from ..memory import check_memory
+        from ..memory import check_memory_of_files
 
         replace_layers(model, self.quantization_config)
         if not checkpoint_files:
             return
         if self.pre_quantized:
             check_is_complete(model, checkpoint_files)
-        folder = Path(checkpoint_files[0]).parent
-        # Weights under other names, such as another variant's, are not those that would be counted.
-        if {Path(file) for file in checkpoint_files} <= weight_files(folder).keys():
-            check_memory(folder, self.quantization_config, model.dtype)
+        check_memory_of_files(checkpoint_files, self.quantization_config, model.dtype)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         # Else saving would take the experts apart.
