@@ -75,11 +75,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     options.parts = options.parts.split(",")
     check_arguments(parser, options)
+    if options.model_path is None:
+        options.model_path = "nano"
     return options
 
 
 def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program on numbers and names that cannot work; sets the model if none is given."""
+    """Ends the program on numbers and names that cannot work."""
     unknown = [part for part in options.parts if part not in ALL_PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}: take some of {','.join(ALL_PARTS)}")
@@ -91,8 +93,6 @@ def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--layers and --folder go with --size")
     if options.size is not None and options.model_path is not None:
         parser.error("give --size or --model_path, not both")
-    if options.size is None and options.model_path is None:
-        options.model_path = "nano"
 
 
 def find_model(options: argparse.Namespace) -> None:

@@ -30,9 +30,8 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         content = json.loads(index.read_text(encoding="utf-8"))
         for tensor, file in content["weight_map"].items():
             files.setdefault(folder / file, set()).add(tensor)
-        if not files:
-            raise ValueError("its weight_map is empty")
-        content["metadata"]  # transformers loads nothing without
+        if not files or "metadata" not in content:  # transformers loads nothing without
+            raise ValueError("its weight_map is empty, or its metadata are missing")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is broken, copy or download it again: {error!r}") from error
     return files

@@ -244,7 +244,8 @@ def load_pretrained_model(
     processor, config = load_processor(folder)
     if torch_dtype is None:
         place = "cpu" if _is_on_cpu(model_options["device_map"]) else device
-        torch_dtype = _choose_dtype(folder, place, held_as.name if isinstance(held_as, WeightOnlyConfig) else held_as)
+        kind_of_weights = held_as.name if isinstance(held_as, WeightOnlyConfig) else held_as
+        torch_dtype = _choose_dtype(folder, config, place, kind_of_weights)
     if adapter is not None and (quantize or given or getattr(config, "quantization_config", None)):
         raise ValueError(
             "an adapter cannot be put into quantised weights: merge it first (python -m deepseek_vl2.train.merge), "
@@ -320,15 +321,19 @@ def dtype_name(path: str | os.PathLike[str], device: str | torch.device = "auto"
         ValueError: no such device.
         OSError: the model is not there.
     """
-    chosen = _choose_dtype(checkpoint_folder(resolve_model_path(path)), device, quantize)
+    from deepseek_vl2.models import DeepseekVLV2Config
+
+    folder = checkpoint_folder(resolve_model_path(path))
+    chosen = _choose_dtype(folder, DeepseekVLV2Config.from_pretrained(folder), device, quantize)
     return next(name for name, dtype in DTYPES.items() if dtype == chosen)
 
 
-def _choose_dtype(folder: str, device: str | torch.device, quantize: str | None) -> torch.dtype:
-    from deepseek_vl2.models import DeepseekVLV2Config, checkpoint_bytes, own_quantization
+def _choose_dtype(
+    folder: str, config: "DeepseekVLV2Config", device: str | torch.device, quantize: str | None
+) -> torch.dtype:
+    from deepseek_vl2.models import checkpoint_bytes, own_quantization
 
     place = resolve_device(device)
-    config = DeepseekVLV2Config.from_pretrained(folder)
     num_bytes = checkpoint_bytes(folder) if place.type == "cpu" else None
     choice = choose_dtype(place, num_bytes, quantize or own_quantization(config))
     logger.info("weights are loaded as %s: %s", choice.value, choice.reason)
