@@ -105,6 +105,7 @@ def test_without_arguments_it_finds_the_red_star(repository, tmp_path):
         text=True,
         encoding="utf-8",
         timeout=TIMEOUT,
+        stdin=subprocess.DEVNULL,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -79,9 +79,10 @@ def test_commands_exist(blocks, repository):
         if "inference.py" in line
         for option in re.findall(r" (--[\w-]+)", line.partition("inference.py")[2])
     }
-    help_text = Program(run_file, repository / "inference.py", "--help").finish().stdout
+    shown = Program(run_file, repository / "inference.py", "--help").finish()
+    assert shown.returncode == 0, shown.stderr
     assert options
-    assert not [option for option in sorted(options) if option not in help_text]
+    assert not [option for option in sorted(options) if option not in shown.stdout]
     modules = {module for line in lines for module in re.findall(r"python -m (deepseek_vl2[\w.]*)", line)}
     assert modules
     assert not [module for module in sorted(modules) if not importlib.util.find_spec(module)]

@@ -144,6 +144,8 @@ def test_importing_prints_nothing_and_needs_nothing_that_builds_on_it():
         f"for name in {list(STEPS)}:\n"
         "    importlib.import_module(name)\n"
         "    loaded[name] = list(sys.modules)\n"
+        "from deepseek_vl2.train import TrainConfig, read_config, train\n"
+        "TrainConfig(train_file='a', output_dir='b')\n"
         "print(json.dumps(loaded))"
     )
     assert result.stderr == ""

@@ -149,6 +149,8 @@ def test_decoding_never_expands_the_cache(monkeypatch, implementation):
     assert lengths == []
     model(ids)
     assert lengths == [LENGTH] * 3, "the spy sees the expansion of a prompt"
+    model(ids, use_cache=True)
+    assert lengths == [LENGTH] * 6, "a prompt is expanded beside an empty cache, too"
 
 
 class LargestTensor(TorchDispatchMode):
