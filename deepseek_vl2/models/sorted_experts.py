@@ -34,18 +34,28 @@ class SortedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
+        if hidden_states.shape[0] == 1:
+            outputs = self._run(hidden_states.expand(top_k_index.shape[1], -1), top_k_index[0].tolist())
+        else:
+            outputs = self._run_sorted(hidden_states, top_k_index)
+        # Weights are float32, and so is the sum over the experts of a token.
+        return (outputs.unflatten(0, top_k_index.shape) * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+    def _run_sorted(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        """Rows [N * k, D], those of a token beside each other."""
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
         hit = [expert for expert, count in enumerate(counts) if count]
-        sizes = [counts[expert] for expert in hit]
+        rows = hidden_states[order // top_k_index.shape[1]]
+        outputs = self._run(rows, hit, [counts[expert] for expert in hit])
+        return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+    def _run(self, rows: torch.Tensor, experts: list[int], num_rows: int | list[int] = 1) -> torch.Tensor:
+        """Runs experts on rows [n, D], those of one expert beside each other: so many of each."""
 
         def project(rows: torch.Tensor, name: str) -> torch.Tensor:
-            parts = zip(hit, rows.split(sizes), strict=True)
+            parts = zip(experts, rows.split(num_rows), strict=True)
             return torch.cat([self.project(part, name, expert) for expert, part in parts])
 
-        rows = hidden_states[order // top_k_index.shape[1]]  # [N * k, D], those of one expert beside each other
         gate, up = project(rows, "gate_up_proj").chunk(2, dim=-1)
-        outputs = project(self.act_fn(gate) * up, "down_proj")
-        outputs = torch.empty_like(outputs).index_copy_(0, order, outputs).unflatten(0, top_k_index.shape)
-        # Weights are float32, and so is the sum over the experts of a token.
-        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+        return project(self.act_fn(gate) * up, "down_proj")

@@ -52,7 +52,8 @@ def test_logits_are_those_of_the_plain_model(dtype, variant):
     exact = plain_model(torch.float32, variant)(**inputs).logits
     packed = packed_model(dtype, variant)(**inputs).logits.float()
     if dtype == torch.float32:
-        torch.testing.assert_close(packed, exact)
+        # Sums come in another order, which differs from processor to processor.
+        torch.testing.assert_close(packed, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
         return
     plain = plain_model(dtype, variant)(**inputs).logits.float()
     # Both round on the way, in different places: neither is farther from the exact numbers than the other by much.
