@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from .config import WeightFormat
 
 BLOCK_ROWS = 64
-# Weights worked on at once: 1 MB in bfloat16, so that the steps on a block find it in the processor's cache.
-BLOCK_WEIGHTS = 2**19
+# Weights quantised at once: the many steps on a block find it in the processor's cache.
+QUANTIZED_AT_ONCE = 2**19
 INT8_MAX = 127
 INT4_MAX = 15
 INT4_CENTER = 8
@@ -45,9 +45,9 @@ def empty_weight(
     )
 
 
-def row_blocks(num_rows: int, num_inputs: int) -> range:
-    """First rows of blocks of `BLOCK_WEIGHTS`; the step is a multiple of `BLOCK_ROWS`."""
-    return range(0, num_rows, max(BLOCK_WEIGHTS // num_inputs // BLOCK_ROWS, 1) * BLOCK_ROWS)
+def row_blocks(num_rows: int, num_inputs: int, num_weights: int) -> range:
+    """First rows of blocks of so many weights at most; the step is a multiple of `BLOCK_ROWS`."""
+    return range(0, num_rows, max(num_weights // num_inputs // BLOCK_ROWS, 1) * BLOCK_ROWS)
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def quantize_into(
     Raises:
         ValueError: If a value is not finite.
     """
-    blocks = row_blocks(*values.shape)
+    blocks = row_blocks(*values.shape, QUANTIZED_AT_ONCE)
     for start in blocks:
         block = values[start : start + blocks.step].float()
         if not block.isfinite().all():
@@ -154,7 +154,8 @@ def dequantize_int4_transposed(
     low.copy_((packed & INT4_MAX).view(torch.int8).sub_(INT4_CENTER))
     high.copy_((packed >> 4).view(torch.int8).sub_(INT4_CENTER))
     groups = values.view(-1, group_size, num_rows)
-    step, offset = scales.to(dtype)[:, None].unbind(-1)  # each [K / g, 1, N']
+    # Each [K / g, 1, N'], and dense: beside each other in memory they take the next line seven times as long.
+    step, offset = (numbers.contiguous() for numbers in scales.to(dtype)[:, None].unbind(-1))
     torch.addcmul(offset, groups, step, out=groups)
     return values
 

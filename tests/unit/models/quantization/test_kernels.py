@@ -77,7 +77,7 @@ def test_leading_dimensions_and_no_rows(weight_format):
 
 
 def test_work_in_blocks(monkeypatch):
-    monkeypatch.setattr(packing, "BLOCK_WEIGHTS", 64 * 128)
+    monkeypatch.setattr(kernels, "DEQUANTIZED_AT_ONCE", 64 * 128)
     for weight_format in FORMATS[:2]:
         weight, scales = quantized(random_values(200, 128), weight_format)
         rows = random_values(70, 128)

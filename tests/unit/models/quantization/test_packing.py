@@ -110,8 +110,8 @@ def test_broken_weights_are_refused(bad):
 def test_blocks_of_work_change_nothing(monkeypatch):
     values = random_values(300, 64)
     whole = [quantized(values, weight_format) for weight_format in (INT8, WeightFormat(4, 32))]
-    monkeypatch.setattr(packing, "BLOCK_WEIGHTS", 64 * 64)
-    assert len(packing.row_blocks(300, 64)) == 5
+    monkeypatch.setattr(packing, "QUANTIZED_AT_ONCE", 64 * 64)
+    assert len(packing.row_blocks(300, 64, packing.QUANTIZED_AT_ONCE)) == 5
     for (weight, scales), weight_format in zip(whole, (INT8, WeightFormat(4, 32)), strict=True):
         again_weight, again_scales = quantized(values, weight_format)
         assert torch.equal(weight, again_weight) and torch.equal(scales, again_scales)
