@@ -74,7 +74,7 @@ def _int8_product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 def _int8_product_of_many_rows(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     output = rows.new_empty(rows.shape[0], weight.shape[0])
     rows = rows.to(product_dtype(rows))
-    blocks = packing.row_blocks(*weight.shape, DEQUANTIZED_AT_ONCE)
+    blocks = packing.row_blocks(weight.shape[0], weight.shape[1], DEQUANTIZED_AT_ONCE)
     for start in blocks:
         block = slice(start, start + blocks.step)
         # Integers up to 127 are exact in bfloat16; the scale of an output is cheaper on the output.

@@ -59,7 +59,7 @@ def quantize_into(
     Raises:
         ValueError: If a value is not finite.
     """
-    blocks = row_blocks(*values.shape, QUANTIZED_AT_ONCE)
+    blocks = row_blocks(values.shape[0], values.shape[1], QUANTIZED_AT_ONCE)
     for start in blocks:
         block = values[start : start + blocks.step].float()
         if not block.isfinite().all():
