@@ -137,6 +137,10 @@ class Visitor:
         self.page.wait_for_selector("#status [role=alert]")
         return self.page.locator("#status [role=alert]").inner_text()
 
+    def wait_for_draft(self, text):
+        """Waits for the text box to hold a text: a question comes back some time after what the page says about it."""
+        self.page.wait_for_function("text => document.querySelector('#question textarea').value === text", arg=text)
+
     def shoot(self, name):
         """Keeps a picture of the window."""
         ARTIFACTS.mkdir(exist_ok=True)

@@ -78,7 +78,7 @@ def test_a_text_file_named_png(chat, then_it_works, tmp_path):
     (tmp_path / "note.png").write_text("no picture")
     chat.send("What is it?", tmp_path / "note.png")
     assert chat.message().startswith("note.png cannot be used: it is not a picture")
-    assert chat.textarea.input_value() == "What is it?"
+    chat.wait_for_draft("What is it?")  # nothing is lost
     chat.shoot("text-named-png")
 
 
@@ -94,6 +94,7 @@ def test_a_picture_of_50000_by_50000(chat, then_it_works, tmp_path):
     message = chat.message()
     assert "bomb.png cannot be used" in message
     assert "too large" in message
+    chat.wait_for_draft("What is it?")
 
 
 def test_html_and_markdown_are_shown_as_text(chat, then_it_works):
@@ -118,13 +119,15 @@ def test_html_and_markdown_are_shown_as_text(chat, then_it_works):
 
 
 def test_a_prompt_longer_than_the_context(chat, then_it_works):
-    chat.send("red circle " * 5000)
+    prompt = "red circle " * 5000
+    chat.send(prompt)
     message = chat.message()
     assert "tokens, the model has room for 4096" in message
     assert "Shorten the text" in message
-    assert len(chat.textarea.input_value()) > 50_000  # nothing is lost
+    chat.wait_for_draft(prompt)
 
 
 def test_marks_without_pictures(chat, then_it_works):
     chat.send("<image> Where?")
     assert "1 <image> mark(s) for 0 picture(s)" in chat.message()
+    chat.wait_for_draft("<image> Where?")

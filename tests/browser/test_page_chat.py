@@ -145,7 +145,7 @@ def test_the_last_turn_can_be_repeated_changed_and_removed(visitor, slow_model, 
 
     visitor.button("Undo").click()
     visitor.wait_for_answers(1)
-    page.wait_for_function("document.querySelector('#question textarea').value === 'What color is the circle?'")
+    visitor.wait_for_draft("What color is the circle?")
     visitor.start_anew()
     assert page.locator(ANSWER).count() == 0
     assert visitor.textarea.input_value() == ""

@@ -33,7 +33,7 @@ def test_those_who_wait_see_their_place_and_can_stop(visit, demo, slow_model, im
     third.shoot("waiting")
     second.page.locator("#question .stop-button").click()
     second.page.wait_for_selector("#question .submit-button")
-    second.page.wait_for_function("document.querySelector('#question textarea').value === 'What is it?'")
+    second.wait_for_draft("What is it?")
     third.page.get_by_text("Waiting: you are next.").wait_for()
     slow_model.stop()
     for visitor in (first, third):
@@ -49,15 +49,14 @@ def test_stop_during_prefill_frees_the_model_at_once(visit, demo, slow_model, im
     wait_until(lambda: demo.engine.num_running == 1)
     assert visitor.page.locator("#chat .message.bot:not(.html)").count() == 0
     # The box is emptied when the question is taken; what is written before that would go with it.
-    visitor.page.wait_for_function("document.querySelector('#question textarea').value === ''")
+    visitor.wait_for_draft("")
     visitor.textarea.fill("And then?")  # written while waiting
     visitor.page.locator("#question .stop-button").click()
     wait_until(lambda: demo.engine.num_running == 0, timeout=12)  # the first token would take 15 s
     visitor.page.wait_for_selector("#question .submit-button")
     slow_model.stop()
     # The question comes back with its picture, the draft stays below it, and there is no turn without an answer.
-    both = DESCRIBE + "\nAnd then?"
-    visitor.page.wait_for_function(f"document.querySelector('#question textarea').value === {both!r}")
+    visitor.wait_for_draft(DESCRIBE + "\nAnd then?")
     assert visitor.thumbnails.count() == 1
     assert visitor.page.locator("#chat .message").count() == 0
     visitor.shoot("stopped_before_the_first_word")
