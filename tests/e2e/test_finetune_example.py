@@ -8,6 +8,7 @@ from PIL import Image
 from programs import Program, run_file
 
 from deepseek_vl2.nano.questions import split_rng
+from deepseek_vl2.nano.scenes import HELD_OUT_WORDS
 
 pytestmark = pytest.mark.e2e
 
@@ -23,6 +24,7 @@ def example(repository):
 def test_it_runs_and_inference_takes_its_adapter(example, repository, tmp_path, capsys, monkeypatch):
     # One measured task of each kind: measuring is what takes long.
     monkeypatch.setattr(example, "NEW_TASKS", {task: example.NEW_TASKS[task] for task in ("new_locate", "new_color")})
+    monkeypatch.setattr(example, "TAUGHT_TASKS", ("new_color",))
     monkeypatch.setattr(example, "OLD_TASKS", ("locate_all", "count"))
     small = ["--num_new", "3", "--num_old", "1", "--num_scenes", "1"]
     steps = ["--set", "max_steps=2", "batch_size=2", "device=cpu"]
@@ -96,3 +98,15 @@ def test_every_new_question_is_about_the_new_color_and_is_painted_so(example):
         colors = [color for _, color in picture.getcolors(10**6)]
         near = [max(abs(a - b) for a, b in zip(color, items[0].rgb, strict=True)) for color in colors]
         assert min(near) == 0
+
+
+def test_old_questions_are_mixed_as_told_and_hold_no_words_kept_for_measuring(example):
+    processor = example.nano_processor()
+    found = [example.old_example(split_rng("test-old", number), processor) for number in range(150)]
+    tasks = [question.task for question in found]
+    # Among any others there are some of these, too.
+    for task in ("locate_all", "count"):
+        assert example.OLD_SHARES[task] * len(tasks) * 0.6 < tasks.count(task)
+    assert len(set(tasks)) >= 8
+    printed = {text.name for question in found for scene in question.scenes for text in scene.texts}
+    assert printed and printed.isdisjoint(HELD_OUT_WORDS)
