@@ -9,18 +9,20 @@ import logging
 
 import torch
 
-from ..cpu_features import product_dtype
+from .. import cpu_features
 from . import packing
 from .config import WeightFormat
 
 logger = logging.getLogger(__name__)
 
-# Up to so many rows the packed kernel is used. It reads each weight once for a few rows, which is what decoding waits
-# for, but multiplies without the processor's bfloat16 instructions; from some number of rows on it is cheaper to
-# dequantise a block of weights and use the fast product.
-INT8_PACKED_MAX_ROWS = 16
-# Higher than for int8, since taking nibbles apart costs more than converting bytes.
-INT4_PACKED_MAX_ROWS = 32
+# Up to so many rows the packed kernel is used, by bits a weight. It reads each weight once for a few rows, which is
+# what decoding waits for, but multiplies without the processor's bfloat16 instructions; from some number of rows on it
+# is cheaper to dequantise a block of weights and use the fast product. That is later for int4 than for int8, since
+# taking nibbles apart costs more than converting bytes: at 128 and at 12 rows, on two cores with AVX512.
+PACKED_MAX_ROWS = {8: 12, 4: 128}
+# The same where products are computed in float32 for want of such instructions: at 500 and 900 rows, measured on the
+# same cores. Kept well below, since other processors' kernels differ.
+PACKED_MAX_ROWS_WITHOUT_BFLOAT16 = {8: 128, 4: 256}
 # Weights dequantised at once: an expert of the largest model in one piece (16 MB in bfloat16), output layers in parts.
 # Smaller blocks stay in a faster cache, but make a prompt a fifth slower on CPUs with bfloat16 instructions.
 DEQUANTIZED_AT_ONCE = 2**23
@@ -58,8 +60,18 @@ def check_activations(dtype: torch.dtype) -> None:
         raise ValueError("Quantised weights do not work in float16. Choose bfloat16 (fastest) or float32.")
 
 
+def packed_max_rows(bits: int) -> int:
+    """Up to how many rows the packed kernel of so many bits is used on this machine."""
+    limits = PACKED_MAX_ROWS if cpu_features.has_fast_bfloat16() else PACKED_MAX_ROWS_WITHOUT_BFLOAT16
+    return limits[bits]
+
+
+def _are_few(rows: torch.Tensor, bits: int) -> bool:
+    return rows.dtype == torch.bfloat16 and 0 < rows.shape[0] <= packed_max_rows(bits)
+
+
 def _int8_product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    if rows.dtype == torch.bfloat16 and 0 < rows.shape[0] <= INT8_PACKED_MAX_ROWS and has_int8_kernel():
+    if _are_few(rows, bits=8) and has_int8_kernel():
         rows = rows.contiguous()
         is_aligned = (
             rows.shape[1] % INT8_PACKED_MULTIPLE == 0
@@ -73,7 +85,7 @@ def _int8_product(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 
 def _int8_product_of_many_rows(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     output = rows.new_empty(rows.shape[0], weight.shape[0])
-    rows = rows.to(product_dtype(rows))
+    rows = rows.to(cpu_features.product_dtype(rows))
     blocks = packing.row_blocks(weight.shape[0], weight.shape[1], DEQUANTIZED_AT_ONCE)
     for start in blocks:
         block = slice(start, start + blocks.step)
@@ -85,7 +97,7 @@ def _int8_product_of_many_rows(rows: torch.Tensor, weight: torch.Tensor, scales:
 def _int4_product(
     rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, group_size: int, num_outputs: int
 ) -> torch.Tensor:
-    if rows.dtype == torch.bfloat16 and 0 < rows.shape[0] <= INT4_PACKED_MAX_ROWS and has_int4_kernel():
+    if _are_few(rows, bits=4) and has_int4_kernel():
         output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, group_size, scales.bfloat16())
         return output[:, :num_outputs]
     return _int4_product_of_many_rows(rows, weight, scales, group_size, num_outputs)
@@ -95,7 +107,7 @@ def _int4_product_of_many_rows(
     rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, group_size: int, num_outputs: int
 ) -> torch.Tensor:
     output = rows.new_empty(rows.shape[0], num_outputs)
-    rows = rows.to(product_dtype(rows))
+    rows = rows.to(cpu_features.product_dtype(rows))
     blocks = packing.row_blocks(weight.shape[0], rows.shape[1], DEQUANTIZED_AT_ONCE)
     for start in blocks:
         stop = min(start + blocks.step, num_outputs)

@@ -37,12 +37,21 @@ def in_memory(weight: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor
     return packing.with_block_rows(weight, packing.BLOCK_ROWS, kernels.machine_block_rows())
 
 
+def _refuse(*args):
+    raise RuntimeError("not built for this processor")
+
+
+def _wrong(rows, weight, *args):
+    return torch.zeros(rows.shape[0], weight.shape[0], dtype=rows.dtype)
+
+
 @pytest.mark.parametrize("num_rows", [64, 112, 200])
 @pytest.mark.parametrize("weight_format", FORMATS, ids=str)
 def test_few_rows_equal_many_rows_equal_float32(weight_format, num_rows):
     weight, scales = quantized(random_values(num_rows, 384), weight_format)
     held = in_memory(weight, weight_format)
-    for count in (1, 5, kernels.INT8_PACKED_MAX_ROWS + 1, kernels.INT4_PACKED_MAX_ROWS + 1):
+    limit = kernels.packed_max_rows(weight_format.bits)
+    for count in (1, limit, limit + 1):
         rows = random_values(count, 384, seed=count).bfloat16()
         expected = expected_product(rows, weight, scales, weight_format, num_rows)
         assert_close(kernels.linear(rows, held, scales, weight_format, num_rows), expected)
@@ -55,13 +64,39 @@ def test_few_rows_equal_many_rows_equal_float32(weight_format, num_rows):
 def test_many_rows_are_computed_in_float32_where_bfloat16_is_slow(monkeypatch, weight_format):
     weight, scales = quantized(random_values(64, 384), weight_format)
     held = in_memory(weight, weight_format)
-    rows = random_values(kernels.INT4_PACKED_MAX_ROWS + 1, 384).bfloat16()
-    expected = expected_product(rows, weight, scales, weight_format, 64)
     monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: False)
+    rows = random_values(kernels.packed_max_rows(weight_format.bits) + 1, 384).bfloat16()
+    expected = expected_product(rows, weight, scales, weight_format, 64)
     output = kernels.linear(rows, held, scales, weight_format, 64)
     assert output.dtype == torch.bfloat16
     # Only the output is rounded then: to half a unit of eight bits.
     assert torch.allclose(output.float(), expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize(
+    ("weight_format", "operator"),
+    [(WeightFormat(8), "_weight_int8pack_mm"), (WeightFormat(4, 32), "_weight_int4pack_mm_for_cpu")],
+    ids=str,
+)
+def test_rows_up_to_the_limit_take_the_packed_kernel(monkeypatch, weight_format, operator, is_fast):
+    weight, scales = quantized(random_values(64, 384), weight_format)
+    held = in_memory(weight, weight_format)
+    assert kernels.has_int8_kernel() and kernels.has_int4_kernel()  # tried before the operators are taken away
+    monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(torch.ops.aten, operator, _refuse)
+    limit = kernels.packed_max_rows(weight_format.bits)
+    with pytest.raises(RuntimeError, match="not built"):
+        kernels.linear(random_values(limit, 384).bfloat16(), held, scales, weight_format, 64)
+    kernels.linear(random_values(limit + 1, 384).bfloat16(), held, scales, weight_format, 64)
+
+
+def test_packed_kernels_take_more_rows_where_bfloat16_is_slow(monkeypatch):
+    monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: True)
+    limits = kernels.packed_max_rows(8), kernels.packed_max_rows(4)
+    monkeypatch.setattr(cpu_features, "has_fast_bfloat16", lambda: False)
+    assert limits[0] < kernels.packed_max_rows(8)
+    assert limits[1] < kernels.packed_max_rows(4)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS[:2], ids=str)
@@ -105,14 +140,6 @@ def test_addresses_that_the_int8_kernel_cannot_take_do_not_reach_it(misaligned):
     view = memory[-memory.data_ptr() % 64 + 8 :][: tensors[misaligned].nbytes].view(tensors[misaligned].dtype)
     tensors[misaligned] = view.view_as(tensors[misaligned]).copy_(tensors[misaligned])
     assert_close(kernels.linear(tensors["rows"], tensors["weight"], scales, WeightFormat(8), 64), expected)
-
-
-def _refuse(*args):
-    raise RuntimeError("not built for this processor")
-
-
-def _wrong(rows, weight, *args):
-    return torch.zeros(rows.shape[0], weight.shape[0], dtype=rows.dtype)
 
 
 @pytest.mark.parametrize("operator", [_refuse, _wrong])
