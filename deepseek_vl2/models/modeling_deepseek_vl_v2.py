@@ -23,6 +23,7 @@ from .memory import check_memory_of_files
 from .modeling_deepseek import DeepseekV2ForCausalLM, positions_from_mask
 from .parallel import CheckedSharesMixin
 from .projector import MlpProjector
+from .quantization.choice import read_quantization
 from .siglip_vit import VisionTransformer, check_vision_attention
 from .tiling import TileGrid, num_image_tokens
 from .view_batches import views_at_once
@@ -88,6 +89,20 @@ class DeepseekVLV2PreTrainedModel(CheckedSharesMixin, PreTrainedModel):
     _can_set_experts_implementation_cached_value = True
     # Never run, so a checkpoint without it is complete.
     _keys_to_ignore_on_load_missing = (r"vision\.attn_pool\.",)  # type: ignore[assignment]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """Loads a checkpoint as transformers does.
+
+        Args:
+            *args: See transformers.
+            quantization_config: A configuration, such as `WeightOnlyConfig`, or its fields.
+            **kwargs: See transformers.
+
+        Raises:
+            ValueError: If `quantization_config` is no configuration.
+        """
+        return super().from_pretrained(*args, quantization_config=read_quantization(quantization_config), **kwargs)
 
     @staticmethod
     def _load_pretrained_model(

@@ -78,7 +78,10 @@ def read_quantization(given: Any) -> Any:
         ValueError: If it is a name and no configuration, or has fields that `WeightOnlyConfig` refuses.
     """
     if isinstance(given, str):
-        raise ValueError(f"quantization_config {given!r} is no configuration: give quantize={given!r}")
+        raise ValueError(
+            f"quantization_config {given!r} is no configuration: give one, such as WeightOnlyConfig(bits=8), or give "
+            f"quantize={given!r} to load_pretrained_model"
+        )
     is_own = isinstance(given, dict) and given.get("quant_method") == METHOD
     return WeightOnlyConfig(**given) if is_own else given
 

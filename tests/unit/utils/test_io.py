@@ -443,7 +443,7 @@ def test_a_quantization_config_may_be_given_by_its_fields(small_checkpoint, monk
     assert model.config.quantization_config.to_dict() == WeightOnlyConfig(bits=4, group_size=32).to_dict() == asked[0]
     with pytest.raises(ValueError, match="quantization_config has no 'bit'"):
         load_pretrained_model(small_checkpoint, quantization_config={"quant_method": fields["quant_method"], "bit": 4})
-    with pytest.raises(ValueError, match="give quantize='int8'"):
+    with pytest.raises(ValueError, match="give quantize='int8' to load_pretrained_model"):
         load_pretrained_model(small_checkpoint, quantization_config="int8")
 
 

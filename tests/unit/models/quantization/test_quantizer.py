@@ -271,6 +271,11 @@ def test_devices_and_types_that_cannot_be(folder, options, message):
         DeepseekVLV2ForCausalLM.from_pretrained(folder, quantization_config=WeightOnlyConfig(8), **options)
 
 
+def test_a_name_in_place_of_a_configuration_is_refused_with_what_to_give(folder):
+    with pytest.raises(ValueError, match=r"'int8' is no configuration: give one, such as WeightOnlyConfig\(bits=8\)"):
+        DeepseekVLV2ForCausalLM.from_pretrained(folder, quantization_config="int8")
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_a_missing_expert_is_refused(folder, tmp_path, config):
     def change(target):
