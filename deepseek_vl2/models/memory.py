@@ -81,8 +81,8 @@ def check_memory(
     fitting = [f"{name} ({_gigabytes(size)})" for name, size in smaller.items() if size <= available and size < needed]
     if fitting:
         way_out = f"would fit: {', '.join(fitting)}"
-    elif own == "int8":
-        way_out = "quantise its original to int4, or take a smaller model"
+    elif own == "int8" and (size := _bytes_requantised_to_int4(Path(path))) <= available:
+        way_out = f"its original quantised to int4 would fit ({_gigabytes(size)})"
     else:
         way_out = "no quantisation would fit; take a smaller model"
     raise ValueError(
@@ -126,6 +126,18 @@ def _gigabytes(size: int) -> str:
 def _config_of(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
+
+
+def _bytes_requantised_to_int4(folder: Path) -> int:
+    """What the original of an int8 checkpoint would take in int4."""
+    config = WeightOnlyConfig(QUANTIZATIONS["int4"])
+    total = 0
+    for name, shape, kind in stored_tensors(folder):
+        if kind == "I8":
+            total += quantized_bytes(name, shape, config)
+        elif not name.endswith(SCALES):
+            total += math.prod(shape) * _BYTES[kind]
+    return total
 
 
 def _is_tied(folder: Path) -> bool:
