@@ -51,7 +51,7 @@ def test_few_rows_equal_many_rows_equal_float32(weight_format, num_rows):
     weight, scales = quantized(random_values(num_rows, 384), weight_format)
     held = in_memory(weight, weight_format)
     limit = kernels.packed_max_rows(weight_format.bits)
-    for count in (1, limit, limit + 1):
+    for count in (1, 5, limit, limit + 1):
         rows = random_values(count, 384, seed=count).bfloat16()
         expected = expected_product(rows, weight, scales, weight_format, num_rows)
         assert_close(kernels.linear(rows, held, scales, weight_format, num_rows), expected)
