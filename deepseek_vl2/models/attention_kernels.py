@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import few_row_products
+
 
 def eager_attention_forward(
     module: Any,
@@ -42,6 +44,21 @@ def eager_attention_forward(
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend_one_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one token a row on the CPU; see `attend_by_products`, whose place a compiled kernel takes."""
+    output = None
+    if few_row_products.can_attend(query, key) and (attention_mask is None or attention_mask.dim() == 2):
+        visible = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
+        output = few_row_products.attend(query, key, value, visible, scaling)
+    return attend_by_products(query, key, value, attention_mask, scaling) if output is None else output
 
 
 def attend_by_products(

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_kernels import attend_by_products, eager_attention_forward, mask_scores
+from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
@@ -261,7 +261,7 @@ def attend(
     """
     is_decoding = query.shape[2] == 1 and query.device.type == "cpu" and not module.training
     if is_decoding and module.config._attn_implementation == "sdpa":
-        return attend_by_products(query, key, value, attention_mask, module.scaling), None
+        return attend_one_token(query, key, value, attention_mask, module.scaling), None
     kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
     )

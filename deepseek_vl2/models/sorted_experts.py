@@ -30,12 +30,25 @@ class SortedExperts(nn.Module):
         """
         raise NotImplementedError
 
+    def project_all(self, rows: torch.Tensor, name: str, experts: list[int], counts: list[int]) -> torch.Tensor:
+        """Multiplies rows [n, K] by the weights of their experts: [n, N].
+
+        Args:
+            rows: Those of one expert beside each other.
+            name: See `project`.
+            experts: Numbers of the experts.
+            counts: How many rows each has.
+        """
+        parts = zip(experts, rows.split(counts), strict=True)
+        return torch.cat([self.project(part, name, expert) for expert, part in parts])
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
         if hidden_states.shape[0] == 1:
-            outputs = self._run(hidden_states.expand(top_k_index.shape[1], -1), top_k_index[0].tolist())
+            experts = top_k_index[0].tolist()
+            outputs = self._run(hidden_states.expand(len(experts), -1), experts, [1] * len(experts))
         else:
             outputs = self._run_sorted(hidden_states, top_k_index)
         # Weights are float32, and so is the sum over the experts of a token.
@@ -50,12 +63,7 @@ class SortedExperts(nn.Module):
         outputs = self._run(rows, hit, [counts[expert] for expert in hit])
         return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
-    def _run(self, rows: torch.Tensor, experts: list[int], num_rows: int | list[int] = 1) -> torch.Tensor:
+    def _run(self, rows: torch.Tensor, experts: list[int], counts: list[int]) -> torch.Tensor:
         """Runs experts on rows [n, D], those of one expert beside each other: so many of each."""
-
-        def project(rows: torch.Tensor, name: str) -> torch.Tensor:
-            parts = zip(experts, rows.split(num_rows), strict=True)
-            return torch.cat([self.project(part, name, expert) for expert, part in parts])
-
-        gate, up = project(rows, "gate_up_proj").chunk(2, dim=-1)
-        return project(self.act_fn(gate) * up, "down_proj")
+        gate, up = self.project_all(rows, "gate_up_proj", experts, counts).chunk(2, dim=-1)
+        return self.project_all(self.act_fn(gate) * up, "down_proj", experts, counts)

@@ -99,6 +99,12 @@ class QuantizedExperts(SortedExperts):
         weight, scales = getattr(self, name)[expert], getattr(self, name + SCALES)[expert]
         return kernels.linear(rows, weight, scales, self.formats[name], self.shapes[name][1])
 
+    def project_all(self, rows: torch.Tensor, name: str, experts: list[int], counts: list[int]) -> torch.Tensor:
+        """See `SortedExperts.project_all`."""
+        weight, scales = getattr(self, name), getattr(self, name + SCALES)
+        output = kernels.grouped_linear(rows, weight, scales, experts, counts, self.shapes[name][1])
+        return super().project_all(rows, name, experts, counts) if output is None else output
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape [E, N, K] of a weight before it is quantised."""
         return self.shapes[name]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from small_models import language_config, make_inputs, seeded, vl_config
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, WeightOnlyConfig
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, WeightOnlyConfig, few_row_products
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Experts, DeepseekV2TopkRouter
 from deepseek_vl2.models.quantization import kernels, packing
 from deepseek_vl2.models.quantization.layers import QuantizedExperts, QuantizedLinear, replace_layers
@@ -86,21 +86,32 @@ def test_experts_equal_a_plain_loop(config, num_tokens):
     assert (output.float() - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
 @torch.no_grad()
-def test_each_chosen_expert_is_read_once_and_no_other(config, monkeypatch):
+def test_each_chosen_expert_is_read_once_and_no_other(config, monkeypatch, is_compiled):
     experts = make_experts(config)
-    counts: list[int] = []
-    original = kernels.linear
+    counts: dict[int, list] = {0: [], 1: []}  # products one by one, and of all experts together
+    original, original_of_all = kernels.linear, few_row_products.multiply
 
     def spy(rows, weight, *args):
-        counts.append(rows.shape[0])
+        counts[0].append(rows.shape[0])
         return original(rows, weight, *args)
 
+    def spy_on_all(rows, weight, scales, matrices, rows_of_each, *args):
+        counts[1].append(dict(zip(matrices, rows_of_each, strict=True)))
+        return original_of_all(rows, weight, scales, matrices, rows_of_each, *args)
+
     monkeypatch.setattr(kernels, "linear", spy)
+    monkeypatch.setattr(few_row_products, "multiply", spy_on_all)
+    if not is_compiled:
+        monkeypatch.setattr(few_row_products, "is_supported", lambda kind: False)
     hidden, _, weights = routed(4)
     chosen = torch.tensor([[5, 0, 2], [5, 1, 0], [2, 5, 0], [0, 5, 1]])
     experts(hidden, chosen, weights)
-    assert counts == [4, 2, 2, 4] * 2  # two products for each of experts 0, 1, 2, 5
+    if is_compiled:
+        assert counts == {0: [], 1: [{0: 4, 1: 2, 2: 2, 5: 4}] * 2}
+    else:
+        assert counts == {0: [4, 2, 2, 4] * 2, 1: []}
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -1,0 +1,228 @@
+"""Compiled products and attention beside the same in plain torch, and what happens where they are not to be had."""
+
+import builtins
+import logging
+import threading
+
+import pytest
+import torch
+
+from deepseek_vl2.models import few_row_products
+from deepseek_vl2.models.attention_kernels import attend_by_products, attend_one_token
+from deepseek_vl2.models.quantization import packing
+from deepseek_vl2.models.quantization.config import WeightFormat
+
+NUM_MATRICES, NUM_OUTPUTS, NUM_INPUTS = 5, 192, 384
+KINDS = [torch.float32, torch.bfloat16, WeightFormat(8), WeightFormat(4, 32), WeightFormat(4, 64), WeightFormat(4, 128)]
+EXACT = 2e-6  # of the largest output: sums of float32 in another order
+
+
+@pytest.fixture(autouse=True)
+def fresh_self_tests():
+    yield
+    few_row_products.is_supported.cache_clear()
+    few_row_products._modules.cache_clear()
+
+
+def random_values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matrices_of(kind, num_outputs: int = NUM_OUTPUTS, num_inputs: int = NUM_INPUTS):
+    """Weights and scales as the kernels take them, and their values in float32."""
+    values = random_values(NUM_MATRICES, num_outputs, num_inputs)
+    if isinstance(kind, torch.dtype):
+        return values.to(kind), None, values.to(kind).float()
+    weight, scales = packing.empty_weight(num_outputs, num_inputs, kind, (NUM_MATRICES,))
+    for matrix in range(NUM_MATRICES):
+        packing.quantize_into(values[matrix], weight[matrix], scales[matrix], kind)
+        values[matrix] = packing.dequantize(weight[matrix], scales[matrix], kind, num_outputs)
+    return weight, scales, values
+
+
+def expected_products(rows, values, matrices, counts) -> torch.Tensor:
+    parts = zip(matrices, rows.float().split(counts), strict=True)
+    return torch.cat([part @ values[matrix].t() for matrix, part in parts])
+
+
+def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.float() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("counts", [[1], [4], [1, 1, 1], [3, 4, 2], [9, 1, 5]], ids=str)
+def test_products_equal_those_of_the_values(kind, counts):
+    weight, scales, values = matrices_of(kind)
+    matrices = [3, 0, 4][: len(counts)]
+    rows = random_values(sum(counts), NUM_INPUTS, seed=1)
+    found = few_row_products.multiply(rows, weight, scales, matrices, counts)
+    assert found.dtype == torch.float32
+    assert largest_error(found, expected_products(rows, values, matrices, counts)) < EXACT
+    rounded = few_row_products.multiply(rows.bfloat16(), weight, scales, matrices, counts)
+    assert rounded.dtype == torch.bfloat16
+    expected = expected_products(rows.bfloat16(), values, matrices, counts)
+    # Half a unit of the output's eight bits; int4 rounds its inputs, too, to 16 bits of the largest.
+    torch.testing.assert_close(rounded.float(), expected, rtol=2**-8, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_widths_need_be_no_multiples_of_anything(kind):
+    weight, scales, values = matrices_of(kind, num_outputs=37, num_inputs=53)
+    rows = random_values(6, 53)
+    found = few_row_products.multiply(rows, weight, scales, [1], [6])
+    assert largest_error(found, expected_products(rows, values, [1], [6])) < EXACT
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_int4_blocks_of_32_outputs(group_size):
+    kind = WeightFormat(4, group_size)
+    weight, scales, values = matrices_of(kind)
+    repacked = packing.with_block_rows(weight, packing.BLOCK_ROWS, 32)
+    rows = random_values(5, NUM_INPUTS)
+    found = few_row_products.multiply(rows, repacked, scales, [2, 1], [1, 4], block_rows=32)
+    assert largest_error(found, expected_products(rows, values, [2, 1], [1, 4])) < EXACT
+
+
+@pytest.mark.parametrize("kind", KINDS[1:5], ids=str)
+def test_rows_that_are_not_finite_stay_so_and_harm_no_others(kind):
+    weight, scales, values = matrices_of(kind)
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = random_values(6, NUM_INPUTS).to(dtype)
+        rows[1, 7], rows[4, 0], rows[5] = float("nan"), float("inf"), 0
+        found = few_row_products.multiply(rows, weight, scales, [0, 2], [5, 1])
+        assert not found[1].isfinite().any() and not found[4].isfinite().any()
+        kept = [0, 2, 3]
+        expected = expected_products(rows[kept], values, [0], [3])
+        assert largest_error(found[kept], expected) < (EXACT if dtype == torch.float32 else 2**-7)
+        assert (found[5] == 0).all()
+
+
+def test_rounding_to_bfloat16_is_torchs():
+    """Halves go to the even neighbour, what is too large to infinity, and what is no number stays so."""
+    special = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.4e38, 1e-40, float("inf"), float("nan")]
+    numbers = torch.cat((torch.tensor(special), random_values(1000)))
+    found = few_row_products.multiply(torch.ones(1, 1).bfloat16(), numbers[None, :, None])
+    torch.testing.assert_close(found[0], numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_views_of_any_address_and_order():
+    weight, _, values = matrices_of(torch.bfloat16)
+    memory = torch.empty(weight.nbytes + 64, dtype=torch.uint8)
+    shifted = memory[6 : 6 + weight.nbytes].view(torch.bfloat16).view_as(weight).copy_(weight)
+    rows = random_values(NUM_INPUTS, 3).t()
+    found = few_row_products.multiply(rows, shifted, None, [1], [3])
+    assert largest_error(found, expected_products(rows, values, [1], [3])) < EXACT
+
+
+def test_callers_in_several_threads_at_once():
+    weight, scales, values = matrices_of(WeightFormat(8))
+    inputs = [random_values(1, NUM_INPUTS, seed=seed) for seed in range(4)]
+    errors: list[float] = []
+
+    def work(rows: torch.Tensor) -> None:
+        expected = expected_products(rows, values, [0], [1])
+        for _ in range(50):
+            errors.append(largest_error(few_row_products.multiply(rows, weight, scales), expected))
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 200 and max(errors) < EXACT
+
+
+def test_the_number_of_threads_is_torchs():
+    import numba
+
+    weight, _, _ = matrices_of(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
+            torch.set_num_threads(num_threads)
+            few_row_products.multiply(random_values(1, NUM_INPUTS), weight)
+            assert numba.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_when_products_are_left_to_torch():
+    weight = torch.ones(1, 8, 8, dtype=torch.bfloat16)
+    rows = torch.ones(2, 8, dtype=torch.bfloat16)
+    assert few_row_products.can_multiply(rows, weight, 2)
+    assert not few_row_products.can_multiply(rows, weight, few_row_products.MAX_ROWS + 1)
+    assert not few_row_products.can_multiply(rows, weight, 0)
+    assert not few_row_products.can_multiply(rows.half(), weight, 2)
+    assert not few_row_products.can_multiply(rows, weight.to("meta"), 2)
+    differentiated = rows.float().requires_grad_()
+    assert not few_row_products.can_multiply(differentiated, weight, 2)
+    with torch.no_grad():
+        assert few_row_products.can_multiply(differentiated, weight, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8, torch.uint8], ids=str)
+def test_without_numba_the_log_says_so_once(monkeypatch, caplog, kind):
+    original = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "numba":
+            raise ImportError("numba is not there")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    few_row_products.is_supported.cache_clear()
+    few_row_products._modules.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not few_row_products.is_supported(kind)
+        assert not few_row_products.is_supported(kind)
+    (record,) = caplog.records
+    assert "numba" in record.message and "not there" in record.message
+
+
+@pytest.mark.parametrize("failure", ["wrong", "crash"])
+def test_kernels_that_fail_their_test_are_not_used(monkeypatch, caplog, failure):
+    def fake(*args, **kwargs):
+        if failure == "crash":
+            raise RuntimeError("LLVM knows no such processor")
+        return torch.zeros(few_row_products.MAX_ROWS + 2, 128)
+
+    few_row_products.is_supported.cache_clear()
+    monkeypatch.setattr(few_row_products, "multiply", fake)
+    with caplog.at_level(logging.WARNING):
+        assert not few_row_products.is_supported(torch.int8)
+    assert "torch.int8" in caplog.text and ("wrong" in caplog.text or "no such processor" in caplog.text)
+
+
+def test_all_kinds_work_here():
+    """Else other tests would compare the stand-ins with themselves."""
+    for kind in (torch.float32, torch.bfloat16, torch.int8, torch.uint8):
+        assert few_row_products.is_supported(kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_groups"), [(6, 6), (6, 2)])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_attention_of_one_token_equals_products(monkeypatch, dtype, num_heads, num_groups, has_mask):
+    query = random_values(2, num_heads, 1, 48).to(dtype)
+    key, value = (random_values(2, num_groups, 100, 48, seed=seed).to(dtype)[:, :, :77] for seed in (1, 2))
+    mask = None
+    if has_mask:
+        mask = torch.ones(2, 77, dtype=torch.long)
+        mask[0, :9] = 0
+        mask[1, :] = 0  # nothing to be seen: all count alike
+    expected = attend_by_products(query.float(), key.float(), value.float(), mask, 0.3)
+    monkeypatch.setattr("deepseek_vl2.models.attention_kernels.attend_by_products", lambda *args: None)
+    found = attend_one_token(query, key, value, mask, 0.3)
+    assert found.shape == (2, 1, num_heads, 48) and found.dtype == dtype
+    assert largest_error(found, expected) < (EXACT if dtype == torch.float32 else 2**-7)
+
+
+def test_attention_that_products_have_to_do():
+    """A mask to be added, and a cache in pieces."""
+    query, key, value = random_values(1, 2, 1, 16), random_values(1, 2, 9, 16), random_values(1, 2, 9, 16)
+    added = torch.zeros(1, 1, 1, 9)
+    added[..., :4] = torch.finfo(torch.float32).min
+    for keys, mask in ((key, added), (key.transpose(2, 3).contiguous().transpose(2, 3), None)):
+        expected = attend_by_products(query, keys, value, mask, 0.25)
+        assert torch.equal(attend_one_token(query, keys, value, mask, 0.25), expected)
