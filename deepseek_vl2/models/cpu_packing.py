@@ -15,6 +15,7 @@ from timm.layers.mlp import Mlp
 from torch import nn
 from tqdm.auto import tqdm
 
+from .few_row_products import StreamedLinear
 from .mapped_files import MappedFiles
 from .modeling_deepseek import DeepseekV2Experts
 from .sorted_experts import SortedExperts
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Layers whose weight is read elsewhere, too: absorbed attention takes the up-projection of the latent apart.
 UNPACKED_LAYERS = ("kv_b_proj",)
+# A subclass from elsewhere does something of its own.
+PLAIN_LINEARS = (nn.Linear, StreamedLinear)
 # The operators of torch that packing rests on are not public; they are tried out before each use in a process, with
 # each type of weights, and may be off by so much.
 _SELF_TEST_SHAPE = (48, 80)
@@ -171,11 +174,16 @@ def _packable_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modu
     """Yields (parent, name, layer) of all layers to exchange."""
     # A tied output layer stays as it is: the embeddings read the same weight by rows.
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weight: Any
     for parent in model.modules():
         for name, layer in parent.named_children():
             if isinstance(layer, DeepseekV2Experts):
-                weight: torch.Tensor = layer.gate_up_proj
-            elif type(layer) is nn.Linear and name not in UNPACKED_LAYERS and id(layer.weight) not in tied:
+                weight = layer.gate_up_proj
+            elif (
+                type(layer) in (nn.Linear, StreamedLinear)
+                and name not in UNPACKED_LAYERS
+                and id(layer.weight) not in tied
+            ):
                 weight = layer.weight
             else:
                 continue

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,18 @@ MAX_ROWS = 4
 _TOLERANCE = 1e-5  # of the largest output: sums are formed in another order
 # One caller at a time: not all of numba's pools of threads stand two.
 _lock = threading.Lock()
+
+
+class StreamedLinear(nn.Linear):
+    """A linear layer that reads its weight at the speed of memory where a few rows on the CPU are multiplied by it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows [..., K] -> [..., N]."""
+        rows = input.reshape(-1, input.shape[-1])
+        if not can_multiply(rows, self.weight, rows.shape[0]):
+            return super().forward(input)
+        output = multiply(rows, self.weight[None]).view(*input.shape[:-1], -1)
+        return output if self.bias is None else output + self.bias
 
 
 def multiply(
@@ -175,9 +188,12 @@ def can_multiply(rows: torch.Tensor, weight: torch.Tensor, most_rows: int) -> bo
 
 def _can_run(inputs: torch.Tensor, streamed: torch.Tensor) -> bool:
     return (
-        inputs.device.type == streamed.device.type == "cpu"
+        type(inputs) is torch.Tensor
+        and type(streamed) in (torch.Tensor, nn.Parameter)  # no parts of something shared between processes
+        and inputs.device.type == streamed.device.type == "cpu"
         and inputs.dtype in (torch.bfloat16, torch.float32)
-        and not (inputs.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and (inputs.requires_grad or streamed.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and is_supported(streamed.dtype)
     )

@@ -30,9 +30,11 @@ from .attention_kernels import attend_one_token, eager_attention_forward, mask_s
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
+from .few_row_products import StreamedLinear
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
 from .parallel import CheckedSharesMixin, local_tensor
+from .sorted_experts import StreamedExpertsInterface
 
 # Those of transformers whose frequencies do not depend on the length of the prompt.
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -121,9 +123,9 @@ class DeepseekV2MLP(nn.Module):
 
     def __init__(self, config: DeepseekV2Config, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = StreamedLinear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = StreamedLinear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = StreamedLinear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -192,7 +194,7 @@ class DeepseekV2TopkRouter(nn.Module):
         return alpha * load_balancing_loss(scores, topk_indices, self.config.seq_aux, is_token)
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=StreamedExpertsInterface())
 class DeepseekV2Experts(nn.Module):
     """The routed experts, fused into two tensors; checkpoints hold them one by one (see `conversion_mapping`)."""
 
@@ -283,10 +285,10 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         query_width = config.num_attention_heads * self.head_dim
         key_width = num_key_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = StreamedLinear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = StreamedLinear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = StreamedLinear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = StreamedLinear(query_width, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -331,20 +333,20 @@ class DeepseekV2Attention(nn.Module):
         self.v_head_dim = config.v_head_dim
         query_width = config.num_attention_heads * self.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+            self.q_proj = StreamedLinear(config.hidden_size, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_proj = StreamedLinear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
             self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
+            self.q_b_proj = StreamedLinear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = StreamedLinear(
             config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.attention_bias
         )
         # Its eps is 1e-6 whatever rms_norm_eps says.
         self.kv_a_layernorm = DeepseekV2RMSNorm(self.kv_lora_rank)
         expanded_width = config.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, expanded_width, bias=False)
+        self.kv_b_proj = StreamedLinear(self.kv_lora_rank, expanded_width, bias=False)
         value_width = config.num_attention_heads * self.v_head_dim
-        self.o_proj = nn.Linear(value_width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = StreamedLinear(value_width, config.hidden_size, bias=config.attention_bias)
         self.scaling = self.qk_head_dim**-0.5 * yarn_score_scaling(config.rope_parameters)
 
     def forward(
@@ -639,7 +641,7 @@ class DeepseekV2ForCausalLM(  # type: ignore[misc]
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__(config)
         self.model = DeepseekV2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = StreamedLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

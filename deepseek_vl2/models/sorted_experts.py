@@ -1,21 +1,102 @@
-"""The way of tokens through experts whose weights are held in a form of their own."""
+"""The way of tokens through experts that reads every expert that is hit once."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from .modeling_deepseek import DeepseekV2Experts
+from . import few_row_products
+
+if TYPE_CHECKING:
+    from .modeling_deepseek import DeepseekV2Experts
+
+# Multiplies rows [n, K], those of one expert beside each other, by a weight of each: (rows, "gate_up_proj" or
+# "down_proj", numbers of the experts, how many rows each has) -> [n, N].
+ProjectAll = Callable[[torch.Tensor, str, list[int], list[int]], torch.Tensor]
+
+
+def run_sorted(
+    project_all: ProjectAll,
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    num_experts: int,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Runs tokens through their experts, expert by expert.
+
+    Args:
+        project_all: What multiplies by the weights.
+        act_fn: The activation of the gate.
+        num_experts: E.
+        hidden_states: [N, D].
+        top_k_index: [N, k].
+        top_k_weights: [N, k].
+
+    Returns:
+        [N, D].
+    """
+
+    def run(rows: torch.Tensor, experts: list[int], counts: list[int]) -> torch.Tensor:
+        gate, up = project_all(rows, "gate_up_proj", experts, counts).chunk(2, dim=-1)
+        return project_all(act_fn(gate) * up, "down_proj", experts, counts)
+
+    if hidden_states.shape[0] == 1:  # there is nothing to sort
+        experts = top_k_index[0].tolist()
+        outputs = run(hidden_states.expand(len(experts), -1), experts, [1] * len(experts))
+    else:
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=num_experts).tolist()
+        hit = [expert for expert, count in enumerate(counts) if count]
+        rows = hidden_states[order // top_k_index.shape[1]]
+        sorted_outputs = run(rows, hit, [counts[expert] for expert in hit])
+        outputs = torch.empty_like(sorted_outputs).index_copy_(0, order, sorted_outputs)
+    # Weights are float32, and so is the sum over the experts of a token.
+    return (outputs.unflatten(0, top_k_index.shape) * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
+def grouped_mm_experts_forward(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As transformers' function of that name, but at the speed of memory for a few tokens on the CPU.
+
+    Args:
+        experts: `DeepseekV2Experts` with its weights as they are loaded.
+        hidden_states: See `run_sorted`.
+        top_k_index: See `run_sorted`.
+        top_k_weights: See `run_sorted`.
+    """
+    # With as many rows as experts most of these have few; a product of more is right, too.
+    are_few = top_k_index.numel() <= experts.num_experts and not experts._is_expert_parallel
+    if not are_few or not few_row_products.can_multiply(hidden_states, experts.gate_up_proj, 1):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
+
+    def project_all(rows: torch.Tensor, name: str, numbers: list[int], counts: list[int]) -> torch.Tensor:
+        return few_row_products.multiply(rows, getattr(experts, name), None, numbers, counts)
+
+    return run_sorted(project_all, experts.act_fn, experts.num_experts, hidden_states, top_k_index, top_k_weights)
+
+
+class StreamedExpertsInterface(ExpertsInterface):
+    """transformers' implementations of experts, with `grouped_mm_experts_forward` in the place of theirs."""
+
+    def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
+        """See `ExpertsInterface.get_interface`."""
+        if experts_implementation == "grouped_mm":
+            return grouped_mm_experts_forward
+        return ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
 
 
 class SortedExperts(nn.Module):
-    """Stands in for `DeepseekV2Experts`; every expert that is hit is read once, whatever the number of tokens.
+    """Stands in for `DeepseekV2Experts` with weights that are held in a form of their own.
 
     Args:
         experts: What it stands in for; its weights are the subclass's concern.
     """
 
-    def __init__(self, experts: DeepseekV2Experts) -> None:
+    def __init__(self, experts: "DeepseekV2Experts") -> None:
         super().__init__()
         self.num_experts = experts.num_experts
         self.act_fn: Callable[[torch.Tensor], torch.Tensor] = experts.act_fn
@@ -46,24 +127,4 @@ class SortedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As `DeepseekV2Experts.forward`: [N, D], [N, k], [N, k] -> [N, D]."""
-        if hidden_states.shape[0] == 1:
-            experts = top_k_index[0].tolist()
-            outputs = self._run(hidden_states.expand(len(experts), -1), experts, [1] * len(experts))
-        else:
-            outputs = self._run_sorted(hidden_states, top_k_index)
-        # Weights are float32, and so is the sum over the experts of a token.
-        return (outputs.unflatten(0, top_k_index.shape) * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
-
-    def _run_sorted(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
-        """Rows [N * k, D], those of a token beside each other."""
-        order = top_k_index.flatten().argsort(stable=True)
-        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-        hit = [expert for expert, count in enumerate(counts) if count]
-        rows = hidden_states[order // top_k_index.shape[1]]
-        outputs = self._run(rows, hit, [counts[expert] for expert in hit])
-        return torch.empty_like(outputs).index_copy_(0, order, outputs)
-
-    def _run(self, rows: torch.Tensor, experts: list[int], counts: list[int]) -> torch.Tensor:
-        """Runs experts on rows [n, D], those of one expert beside each other: so many of each."""
-        gate, up = self.project_all(rows, "gate_up_proj", experts, counts).chunk(2, dim=-1)
-        return self.project_all(self.act_fn(gate) * up, "down_proj", experts, counts)
+        return run_sorted(self.project_all, self.act_fn, self.num_experts, hidden_states, top_k_index, top_k_weights)

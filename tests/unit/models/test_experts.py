@@ -5,6 +5,7 @@ from small_models import language_config, make_inputs, seeded, vl_config
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.few_row_products import StreamedLinear
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Experts, DeepseekV2ForCausalLM, DeepseekV2MoE
 
 KERNELS = ("eager", "grouped_mm", "batched_mm")
@@ -113,3 +114,48 @@ def test_unknown_kernel(tmp_path):
     seeded(DeepseekVLV2ForCausalLM, vl_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="nonsense"):
         DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, experts_implementation="nonsense")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@torch.no_grad()
+def test_few_tokens_stream_the_weights(monkeypatch, dtype, num_tokens):
+    moe = make_moe("grouped_mm", dtype)
+    hidden = tokens(num_tokens).to(dtype)
+    expected = make_moe("eager", dtype).float()(hidden.float())
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", None)  # not to be called
+    found = moe(hidden).float()
+    assert (found - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.02) * expected.abs().max()
+
+
+@torch.no_grad()
+def test_many_tokens_and_shares_of_other_processes_do_not(monkeypatch):
+    runs = []
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", lambda experts, hidden, *routing: runs.append(1) or hidden)
+    moe = make_moe("grouped_mm")
+    moe(tokens(moe.experts.num_experts))
+    moe.experts._is_expert_parallel = True
+    moe(tokens(1))
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_layers_stream_their_weight_for_few_rows_without_gradients(monkeypatch, has_bias):
+    layer = StreamedLinear(48, 40, bias=has_bias)
+    for shape in ((48,), (1, 48), (2, 2, 48), (5, 48), (0, 48)):
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        expected = F.linear(inputs, layer.weight, layer.bias)
+        assert layer(inputs).requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(layer(inputs), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(F, "linear", None)
+    with torch.inference_mode():
+        layer(torch.ones(1, 48))
+        with pytest.raises(TypeError):
+            layer(torch.ones(5, 48))
+
+
+def test_autocast_chooses_the_type_of_few_rows_too():
+    layer = StreamedLinear(48, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(1, 48)).dtype == torch.bfloat16
