@@ -24,6 +24,7 @@ from deepseek_vl2.models import (
     DeepseekVLV2ForCausalLM,
     WeightOnlyConfig,
     checkpoint_bytes,
+    few_row_products,
     own_quantization,
 )
 from deepseek_vl2.models.machine_limits import free_bytes
@@ -103,7 +104,17 @@ def choices(device: torch.device) -> dict[str, dict[str, Any]]:
         "attention": {"value": kernels["attention"], "reason": from_transformers},
         "vision_attention": {"value": kernels["vision_attention"], "reason": "the exact kernel that runs everywhere"},
         "experts": {"value": kernels["experts"], "reason": from_transformers},
+        "decoding": decoding_kernels(device),
     }
+
+
+def decoding_kernels(device: torch.device) -> dict[str, str]:
+    """Who multiplies a few rows by many weights: `value` and `reason`."""
+    if device.type != "cpu":
+        return {"value": "torch", "reason": f"on {device.type} its products are fast for few rows, too"}
+    if few_row_products.is_supported(torch.bfloat16):
+        return {"value": "compiled", "reason": "numba runs here: a token waits for reading the weights only"}
+    return {"value": "torch", "reason": "numba does not run here, see the log; with it answers are faster"}
 
 
 def chosen_kernels() -> dict[str, str]:
@@ -158,9 +169,15 @@ def missing_packages() -> dict[str, list[str]]:
     requirements = [Requirement(text) for text in importlib.metadata.requires("deepseek_vl2") or ()]
     missing: dict[str, list[str]] = {}
     for extra in described.get_all("Provides-Extra") or ():
-        needed = [item for item in requirements if item.marker is not None and item.marker.evaluate({"extra": extra})]
+        needed = [item for item in requirements if _is_of(item, extra)]
         missing[extra] = sorted({item.name for item in needed if installed_version(item.name) is None})
     return missing
+
+
+def _is_of(requirement: Requirement, extra: str) -> bool:
+    """Whether an extra asks for something that the package without it does not."""
+    marker = requirement.marker
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 def check_model(model_path: str, device: torch.device, free: int) -> dict[str, Any]:

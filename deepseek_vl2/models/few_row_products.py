@@ -30,11 +30,18 @@ class StreamedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows [..., K] -> [..., N]."""
-        rows = input.reshape(-1, input.shape[-1])
-        if not can_multiply(rows, self.weight, rows.shape[0]):
+        output = linear(input, self.weight)
+        if output is None:
             return super().forward(input)
-        output = multiply(rows, self.weight[None]).view(*input.shape[:-1], -1)
         return output if self.bias is None else output + self.bias
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """Multiplies inputs [..., K] by a weight [N, K], which may be of another type; None if they are not a few rows."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if not can_multiply(rows, weight, rows.shape[0]):
+        return None
+    return multiply(rows, weight).view(*inputs.shape[:-1], -1)
 
 
 def multiply(
@@ -50,8 +57,8 @@ def multiply(
     Args:
         rows: [P, K] in bfloat16 or float32, those of one matrix beside each other.
         weight: [E, N, K] in float32, bfloat16 or int8, or [E, N, K / 2] uint8 of int4 weights as in
-            `quantization.packing`.
-        scales: bfloat16 [E, N] for int8, [E, K / g, N, 2] for int4.
+            `quantization.packing`; without E if there is one matrix.
+        scales: bfloat16 [E, N] for int8, [E, K / g, N, 2] for int4; also.
         matrices: Numbers of the matrices that are used.
         counts: How many rows each of them multiplies; None if one has all.
         block_rows: Outputs of int4 weights that lie side by side.
@@ -81,25 +88,29 @@ def _run(
     block_rows: int,
 ) -> torch.Tensor:
     """See `multiply`; int4 weights multiply rows that are rounded to 16 bits."""
-    inputs = _array(rows.contiguous())
-    outputs = np.empty((len(rows), weight.shape[1]), inputs.dtype)
+    # Arrays from here on: what torch takes for a view or a shape is a part of a small product's time.
+    inputs, values = _array(rows.contiguous()), _array(weight)
+    factors = None if scales is None else _array(scales)
+    num_outputs = values.shape[-2]
+    outputs = np.empty((len(inputs), num_outputs), inputs.dtype)
     chosen, ends = np.array(matrices), np.array([0, *accumulate(counts)])
     kernels = _kernels()
     with _lock:
-        if weight.dtype == torch.uint8 and scales is not None:
-            num_matrices, num_groups, num_outputs, _ = scales.shape
+        if weight.dtype == torch.uint8 and factors is not None:
+            num_groups = factors.shape[-3]
             blocks = (num_outputs // block_rows, block_rows)
             kernels.int4_kernel(block_rows)(
-                inputs.reshape(len(rows), num_groups, -1),
-                _array(weight).reshape(num_matrices, blocks[0], rows.shape[1], -1),
-                _array(scales).reshape(num_matrices, num_groups, *blocks, 2),
+                inputs.reshape(len(inputs), num_groups, -1),
+                values.reshape(-1, blocks[0], inputs.shape[1], block_rows // 2),
+                factors.reshape(-1, num_groups, *blocks, 2),
                 chosen,
                 ends,
-                outputs.reshape(len(rows), *blocks),
+                outputs.reshape(len(inputs), *blocks),
             )
         else:
-            factors = None if scales is None else _array(scales)
-            kernels.multiply_rows(inputs, _array(weight), factors, chosen, ends, outputs)
+            factors = None if factors is None else factors.reshape(-1, num_outputs)
+            values = values.reshape(-1, num_outputs, inputs.shape[1])
+            kernels.multiply_rows(inputs, values, factors, chosen, ends, outputs)
     return _tensor(outputs, rows.dtype)
 
 
@@ -144,7 +155,9 @@ def _with_room(cached: torch.Tensor) -> np.ndarray | None:
 
 def _array(numbers: torch.Tensor) -> np.ndarray:
     """The same memory for numba, which knows no bfloat16: as the integers that its bits are."""
-    return (numbers.view(torch.uint16) if numbers.dtype == torch.bfloat16 else numbers).detach().numpy()
+    if numbers.requires_grad:
+        numbers = numbers.detach()
+    return (numbers.view(torch.uint16) if numbers.dtype == torch.bfloat16 else numbers).numpy()
 
 
 def _tensor(numbers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

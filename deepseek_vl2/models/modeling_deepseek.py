@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from . import few_row_products
 from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
@@ -161,7 +162,10 @@ class DeepseekV2TopkRouter(nn.Module):
             (0 outside training and for `noaux_tc`, which balances by its bias).
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
+            rows = hidden_states.float()
+            logits = few_row_products.linear(rows, self.weight)
+            if logits is None:
+                logits = F.linear(rows, self.weight.float())
         scores = logits.softmax(dim=-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
         topk_indices = self._choose(scores)
         weights = scores.gather(-1, topk_indices)

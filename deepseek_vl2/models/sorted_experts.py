@@ -1,16 +1,13 @@
 """The way of tokens through experts that reads every expert that is hit once."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from . import few_row_products
-
-if TYPE_CHECKING:
-    from .modeling_deepseek import DeepseekV2Experts
 
 # Multiplies rows [n, K], those of one expert beside each other, by a weight of each: (rows, "gate_up_proj" or
 # "down_proj", numbers of the experts, how many rows each has) -> [n, N].
@@ -96,7 +93,7 @@ class SortedExperts(nn.Module):
         experts: What it stands in for; its weights are the subclass's concern.
     """
 
-    def __init__(self, experts: "DeepseekV2Experts") -> None:
+    def __init__(self, experts: Any) -> None:
         super().__init__()
         self.num_experts = experts.num_experts
         self.act_fn: Callable[[torch.Tensor], torch.Tensor] = experts.act_fn

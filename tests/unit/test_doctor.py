@@ -67,7 +67,8 @@ def test_json_says_what_fits_in_20_gb(capsys):
         ("base", "int8"): "no",
         ("base", "int4"): "yes",
     }
-    assert list(found["choices"]) == ["device", "dtype", "threads", "attention", "vision_attention", "experts"]
+    kernels = ["attention", "vision_attention", "experts", "decoding"]
+    assert list(found["choices"]) == ["device", "dtype", "threads", *kernels]
     assert all(choice["value"] and choice["reason"] for choice in found["choices"].values())
     assert set(found["versions"]) == {"torch", "transformers", "timm"} and all(found["versions"].values())
     assert "model" not in found
@@ -186,7 +187,13 @@ def test_bad_input_is_named_in_one_line(capsys, monkeypatch, tmp_path, path, mes
 
 
 def test_extras_name_what_is_missing(monkeypatch):
-    requires = ["torch", 'peft>=0.20; extra == "train"', 'no-such-package; extra == "train"', 'torch; extra == "demo"']
+    requires = [
+        "torch",
+        'absent; python_version > "3"',
+        'peft>=0.20; extra == "train"',
+        'no-such-package; extra == "train"',
+        'torch; extra == "demo"',
+    ]
     described = type("Metadata", (), {"get_all": lambda self, name: ["train", "demo"]})()
     monkeypatch.setattr(doctor.importlib.metadata, "metadata", lambda name: described)
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: requires)

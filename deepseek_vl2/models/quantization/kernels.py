@@ -66,7 +66,7 @@ def grouped_linear(
 
     Args:
         rows: Those of one matrix beside each other.
-        weight: See `packing`, with a leading dimension.
+        weight: See `packing`; with a leading dimension E if there are several matrices.
         scales: Also.
         matrices: Numbers of the matrices that are used.
         counts: How many rows each of them multiplies.
@@ -78,7 +78,8 @@ def grouped_linear(
     if not few_row_products.can_multiply(rows, weight, max(counts)):
         return None
     check_activations(rows.dtype)
-    return few_row_products.multiply(rows, weight, scales, matrices, counts, machine_block_rows())[:, :num_outputs]
+    output = few_row_products.multiply(rows, weight, scales, matrices, counts, machine_block_rows())
+    return output if output.shape[1] == num_outputs else output[:, :num_outputs]  # without what fills up blocks
 
 
 def check_activations(dtype: torch.dtype) -> None:
