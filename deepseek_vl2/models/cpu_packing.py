@@ -179,11 +179,7 @@ def _packable_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Modu
         for name, layer in parent.named_children():
             if isinstance(layer, DeepseekV2Experts):
                 weight = layer.gate_up_proj
-            elif (
-                type(layer) in (nn.Linear, StreamedLinear)
-                and name not in UNPACKED_LAYERS
-                and id(layer.weight) not in tied
-            ):
+            elif type(layer) in PLAIN_LINEARS and name not in UNPACKED_LAYERS and id(layer.weight) not in tied:
                 weight = layer.weight
             else:
                 continue

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # Up to so many rows of one matrix: with more, its weights are in the processor's caches for most of the time, where
 # torch's products, which use instructions for matrices, are faster.
 MAX_ROWS = 4
+# int4 weights are held in bytes, two in each.
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 _TOLERANCE = 1e-5  # of the largest output: sums are formed in another order
 # One caller at a time: not all of numba's pools of threads stand two.
 _lock = threading.Lock()
@@ -127,10 +129,11 @@ def attend(
         scaling: Factor on the scores.
 
     Returns:
-        [B, 1, H, V] in the type of the query; None if the cache lies in memory in another way.
+        [B, 1, H, V] in the type of the query; None if the cache lies in memory in another way, or `visible` has another
+        shape.
     """
     keys, values = _with_room(key), _with_room(value)
-    if keys is None or values is None:
+    if keys is None or values is None or (visible is not None and visible.shape != (key.shape[0], key.shape[2])):
         return None
     batch_size, num_heads = query.shape[:2]
     queries = _array(query.contiguous()).reshape(batch_size, key.shape[1], -1, query.shape[3])
@@ -145,12 +148,12 @@ def attend(
 def _with_room(cached: torch.Tensor) -> np.ndarray | None:
     """The cache [B, G, room, D] that a view [B, G, K, D] begins, if it lies in one piece."""
     batch_size, num_groups, _, width = cached.shape
-    step, row = cached.stride(1), cached.stride(2)
-    room = step // width
-    shape = (batch_size, num_groups, room, width)
-    if cached.stride() != (num_groups * step, step, width, 1) or step % width or row != width:
+    step = cached.stride(1)
+    is_dense = cached.stride() == (num_groups * step, step, width, 1) and step % width == 0
+    end = cached.storage_offset() + batch_size * num_groups * step
+    if not is_dense or end * cached.element_size() > cached.untyped_storage().nbytes():
         return None
-    return _array(cached.as_strided(shape, cached.stride()))
+    return _array(cached.as_strided((batch_size, num_groups, step // width, width), cached.stride()))
 
 
 def _array(numbers: torch.Tensor) -> np.ndarray:
@@ -196,7 +199,8 @@ def can_multiply(rows: torch.Tensor, weight: torch.Tensor, most_rows: int) -> bo
         weight: As for `multiply`.
         most_rows: Rows of the matrix that multiplies the most.
     """
-    return 0 < most_rows <= MAX_ROWS and _can_run(rows, weight)
+    num_inputs = weight.shape[-1] * (2 if weight.dtype == torch.uint8 else 1)
+    return 0 < most_rows <= MAX_ROWS and rows.shape[1] == num_inputs and _can_run(rows, weight)
 
 
 def _can_run(inputs: torch.Tensor, streamed: torch.Tensor) -> bool:
@@ -205,6 +209,7 @@ def _can_run(inputs: torch.Tensor, streamed: torch.Tensor) -> bool:
         and type(streamed) in (torch.Tensor, nn.Parameter)  # no parts of something shared between processes
         and inputs.device.type == streamed.device.type == "cpu"
         and inputs.dtype in (torch.bfloat16, torch.float32)
+        and streamed.dtype in WEIGHT_TYPES
         and not (torch.is_grad_enabled() and (inputs.requires_grad or streamed.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

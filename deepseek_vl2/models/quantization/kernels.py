@@ -43,10 +43,9 @@ def linear(
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     check_activations(rows.dtype)
-    if few_row_products.can_multiply(rows, weight, rows.shape[0]):
-        output = few_row_products.multiply(rows, weight[None], scales[None], block_rows=machine_block_rows())[
-            :, :num_outputs
-        ]
+    few = grouped_linear(rows, weight, scales, [0], [rows.shape[0]], num_outputs)
+    if few is not None:
+        output = few
     elif weight_format.group_size is None:
         output = _int8_product(rows, weight, scales)
     else:
@@ -77,7 +76,6 @@ def grouped_linear(
     """
     if not few_row_products.can_multiply(rows, weight, max(counts)):
         return None
-    check_activations(rows.dtype)
     output = few_row_products.multiply(rows, weight, scales, matrices, counts, machine_block_rows())
     return output if output.shape[1] == num_outputs else output[:, :num_outputs]  # without what fills up blocks
 

@@ -74,6 +74,14 @@ def test_widths_need_be_no_multiples_of_anything(kind):
     assert largest_error(found, expected_products(rows, values, [1], [6])) < EXACT
 
 
+@pytest.mark.parametrize("kind", KINDS[2:4], ids=str)
+def test_scales_of_a_model_that_was_put_into_float32(kind):
+    weight, scales, values = matrices_of(kind)
+    rows = random_values(2, NUM_INPUTS)
+    found = few_row_products.multiply(rows, weight[1], scales[1].float())
+    assert largest_error(found, rows @ values[1].t()) < EXACT
+
+
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_int4_blocks_of_32_outputs(group_size):
     kind = WeightFormat(4, group_size)
@@ -155,6 +163,8 @@ def test_when_products_are_left_to_torch():
     assert not few_row_products.can_multiply(rows, weight, 0)
     assert not few_row_products.can_multiply(rows.half(), weight, 2)
     assert not few_row_products.can_multiply(rows, weight.to("meta"), 2)
+    assert not few_row_products.can_multiply(rows[:, :4], weight, 2)
+    assert not few_row_products.can_multiply(rows.float(), weight.half(), 2)
     differentiated = rows.float().requires_grad_()
     assert not few_row_products.can_multiply(differentiated, weight, 2)
     with torch.no_grad():
@@ -219,10 +229,15 @@ def test_attention_of_one_token_equals_products(monkeypatch, dtype, num_heads, n
 
 
 def test_attention_that_products_have_to_do():
-    """A mask to be added, and a cache in pieces."""
+    """A mask to be added or for all rows, a cache in pieces, and one that does not begin where its memory does."""
     query, key, value = random_values(1, 2, 1, 16), random_values(1, 2, 9, 16), random_values(1, 2, 9, 16)
     added = torch.zeros(1, 1, 1, 9)
     added[..., :4] = torch.finfo(torch.float32).min
-    for keys, mask in ((key, added), (key.transpose(2, 3).contiguous().transpose(2, 3), None)):
+    in_pieces = key.transpose(2, 3).contiguous().transpose(2, 3)
+    shifted = torch.cat((key[:, :, :5], key), dim=2)[:, :, 5:]
+    for keys, mask in ((key, added), (in_pieces, None), (shifted, None)):
         expected = attend_by_products(query, keys, value, mask, 0.25)
         assert torch.equal(attend_one_token(query, keys, value, mask, 0.25), expected)
+    for_all = torch.tensor([[0] * 4 + [1] * 5])
+    both = [tensor.repeat(2, 1, 1, 1) for tensor in (query, key, value)]
+    assert torch.equal(attend_one_token(*both, for_all, 0.25), attend_by_products(*both, for_all, 0.25))
