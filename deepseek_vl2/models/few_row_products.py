@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 MAX_ROWS = 4
 # int4 weights are held in bytes, two in each.
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+# So many bytes of weights are read by one thread; for fewer another one costs more than it brings, and much more where
+# other programs keep it waiting.
+BYTES_A_THREAD = 2**17
 _TOLERANCE = 1e-5  # of the largest output: sums are formed in another order
 # One caller at a time: not all of numba's pools of threads stand two.
 _lock = threading.Lock()
@@ -96,7 +99,7 @@ def _run(
     num_outputs = values.shape[-2]
     outputs = np.empty((len(inputs), num_outputs), inputs.dtype)
     chosen, ends = np.array(matrices), np.array([0, *accumulate(counts)])
-    kernels = _kernels()
+    kernels = _kernels(len(matrices) * num_outputs * values.shape[-1] * values.itemsize)
     with _lock:
         if weight.dtype == torch.uint8 and factors is not None:
             num_groups = factors.shape[-3]
@@ -139,7 +142,7 @@ def attend(
     queries = _array(query.contiguous()).reshape(batch_size, key.shape[1], -1, query.shape[3])
     outputs = np.empty((*queries.shape[:3], value.shape[3]), queries.dtype)
     shown = None if visible is None else visible.bool().numpy()
-    kernels = _kernels()
+    kernels = _kernels(key.nbytes + value.nbytes)
     with _lock:
         kernels.attend_one_token(queries, keys, values, key.shape[2], shown, np.float32(scaling), outputs)
     return _tensor(outputs, query.dtype).view(batch_size, 1, num_heads, -1)
@@ -167,10 +170,11 @@ def _tensor(numbers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(numbers).view(dtype)
 
 
-def _kernels() -> ModuleType:
-    """The kernels, set to torch's number of threads."""
+def _kernels(num_bytes: int) -> ModuleType:
+    """The kernels, set to torch's number of threads, or to fewer if there is little to read."""
     numba, kernels = _modules()
-    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    num_useful = max(num_bytes // BYTES_A_THREAD, 1)
+    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, num_useful)
     if numba.get_num_threads() != num_threads:
         numba.set_num_threads(num_threads)
     return kernels

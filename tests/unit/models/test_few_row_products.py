@@ -141,16 +141,18 @@ def test_callers_in_several_threads_at_once():
     assert len(errors) == 200 and max(errors) < EXACT
 
 
-def test_the_number_of_threads_is_torchs():
+def test_the_number_of_threads_is_torchs_unless_there_is_little_to_read():
     import numba
 
-    weight, _, _ = matrices_of(torch.float32)
+    large = torch.ones(2 * few_row_products.BYTES_A_THREAD // 4, 4)
     before = torch.get_num_threads()
     try:
         for num_threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
             torch.set_num_threads(num_threads)
-            few_row_products.multiply(random_values(1, NUM_INPUTS), weight)
+            few_row_products.multiply(torch.ones(1, 4), large)
             assert numba.get_num_threads() == num_threads
+            few_row_products.multiply(torch.ones(1, 4), large[:100])
+            assert numba.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 
