@@ -25,6 +25,8 @@ WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 # So many bytes of weights are read by one thread; for fewer another one costs more than it brings, and much more where
 # other programs keep it waiting.
 BYTES_A_THREAD = 2**17
+# A single weight of fewer bytes is in a cache, where torch's product takes less time than the way to the kernel.
+MIN_LINEAR_BYTES = 2**18
 _TOLERANCE = 1e-5  # of the largest output: sums are formed in another order
 # One caller at a time: not all of numba's pools of threads stand two.
 _lock = threading.Lock()
@@ -42,7 +44,13 @@ class StreamedLinear(nn.Linear):
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """Multiplies inputs [..., K] by a weight [N, K], which may be of another type; None if they are not a few rows."""
+    """Multiplies inputs [..., K] by a weight [N, K], which may be of another type.
+
+    Returns:
+        [..., N] in the type of the inputs; None if they are not a few rows, or the weight is small.
+    """
+    if weight.nbytes < MIN_LINEAR_BYTES:
+        return None
     rows = inputs.reshape(-1, inputs.shape[-1])
     if not can_multiply(rows, weight, rows.shape[0]):
         return None

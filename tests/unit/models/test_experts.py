@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from small_models import language_config, make_inputs, seeded, vl_config
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, few_row_products
 from deepseek_vl2.models.few_row_products import StreamedLinear
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Experts, DeepseekV2ForCausalLM, DeepseekV2MoE
 
@@ -141,6 +141,7 @@ def test_many_tokens_and_shares_of_other_processes_do_not(monkeypatch):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_layers_stream_their_weight_for_few_rows_without_gradients(monkeypatch, has_bias):
+    monkeypatch.setattr(few_row_products, "MIN_LINEAR_BYTES", 40 * 48 * 4)
     layer = StreamedLinear(48, 40, bias=has_bias)
     for shape in ((48,), (1, 48), (2, 2, 48), (5, 48), (0, 48)):
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -153,9 +154,12 @@ def test_linear_layers_stream_their_weight_for_few_rows_without_gradients(monkey
         layer(torch.ones(1, 48))
         with pytest.raises(TypeError):
             layer(torch.ones(5, 48))
+        with pytest.raises(TypeError):
+            StreamedLinear(48, 39)(torch.ones(1, 48))  # too small
 
 
-def test_autocast_chooses_the_type_of_few_rows_too():
+def test_autocast_chooses_the_type_of_few_rows_too(monkeypatch):
+    monkeypatch.setattr(few_row_products, "MIN_LINEAR_BYTES", 0)
     layer = StreamedLinear(48, 40)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.ones(1, 48)).dtype == torch.bfloat16
