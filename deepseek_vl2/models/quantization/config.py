@@ -75,6 +75,13 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.layout_version = layout_version
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all arguments are the same; what it inherits compares `quant_method` alone."""
+        return isinstance(other, WeightOnlyConfig) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.bits, self.group_size, self.layout_version))
+
     @property
     def name(self) -> str:
         """`int8` or `int4`."""

@@ -183,3 +183,10 @@ def test_bits_of_a_layer(name, bits):
 def test_impossible_configurations(arguments, message):
     with pytest.raises(ValueError, match=message):
         WeightOnlyConfig(**arguments)
+
+
+def test_configurations_are_equal_if_all_of_them_is():
+    assert WeightOnlyConfig(4, 32) == WeightOnlyConfig(4, 32)
+    assert WeightOnlyConfig(4, 32) != WeightOnlyConfig(4, 64)
+    assert WeightOnlyConfig(8) != WeightOnlyConfig(4)
+    assert len({WeightOnlyConfig(8), WeightOnlyConfig(8), WeightOnlyConfig(4)}) == 2

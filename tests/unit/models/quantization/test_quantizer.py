@@ -1,5 +1,6 @@
 """Quantised loading and saving through transformers."""
 
+import copy
 import json
 import weakref
 
@@ -76,11 +77,30 @@ def test_quantised_weights_are_near_and_the_others_equal(original, loaded):
 
 
 @torch.no_grad()
-def test_logits_are_near(original, loaded):
+def test_logits_are_those_of_the_quantised_values(original, saved, loaded):
+    """In float32, where no rounding may send a token to another expert."""
+    quantized = DeepseekVLV2ForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    floats = copy.deepcopy(original).float()
+    for name, module in loaded.named_modules():
+        if isinstance(module, QuantizedLinear):
+            floats.get_submodule(name).weight.copy_(values_of(module, "weight"))
+        elif isinstance(module, QuantizedExperts):
+            for weight in ("gate_up_proj", "down_proj"):
+                for expert, values in enumerate(getattr(floats.get_submodule(name), weight)):
+                    values.copy_(values_of(module, weight, expert))
+    inputs = make_inputs([(2, 1)])
+    expected, logits = (model(**inputs).logits for model in (floats, quantized))
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+# In a model as small as this, int4 sends tokens to other experts.
+@pytest.mark.parametrize("loaded", CONFIGS[:1], indirect=True, ids=lambda config: config.name)
+@torch.no_grad()
+def test_logits_are_near_those_of_the_original(original, loaded):
     inputs = make_inputs([(2, 1)])
     inputs["images"] = inputs["images"].bfloat16()
     expected, logits = (model(**inputs).logits.float().flatten() for model in (original, loaded))
-    assert torch.cosine_similarity(expected, logits, dim=0) > (0.995 if bits(loaded) == 8 else 0.97)
+    assert torch.cosine_similarity(expected, logits, dim=0) > 0.995
 
 
 @torch.no_grad()
