@@ -11,7 +11,7 @@ group of int4 weights, of which b outputs lie side by side, 32 or 64 (see `quant
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,19 @@ _ROWS_AT_ONCE = 4
 _LOWEST = np.finfo(np.float32).min  # score of a hidden token; where all are hidden, all count alike
 
 _BYTE, _WORD, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_ELEMENTS = {types.float32: ir.FloatType(), types.uint16: _WORD, types.int8: _BYTE}
 _LANES = 16  # of 32 bits; LLVM takes shorter vectors where the processor has no such long ones
 
+
+# Sums in any order, so that they run in vectors; infinities and not-a-numbers stay what they are.
+_FASTMATH = {"reassoc", "contract"}
 
 _intrinsic: Any = extending.intrinsic  # its own annotations count the first argument, which callers do not pass
 
 
-def _compiled(function: Callable[..., None]) -> Any:
+def _compiled(function: Callable[..., None], is_parallel: bool = True) -> Any:
     """Compiles at the first call; the result is kept beside the source or in the user's cache folder."""
-    # Sums in any order, so that they run in vectors; infinities and not-a-numbers stay what they are.
-    options: dict[str, Any] = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract"}}
+    options: dict[str, Any] = {"parallel": is_parallel, "nogil": True, "fastmath": _FASTMATH}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError as error:  # no folder to write to
@@ -53,13 +56,17 @@ def _to_float32(typing_context: Any, number: Any) -> Any:
     """A float32 as it is, an int8, or a bfloat16 that comes as uint16: it is the upper half of a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if number == types.float32:
-            return arguments[0]
-        if number == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(arguments[0], _INT), _INT(16)), ir.FloatType())
-        return builder.sitofp(arguments[0], ir.FloatType())
+        return _as_float(builder, number, arguments[0])
 
     return types.float32(number), generate
+
+
+def _as_float(builder: Any, number: Any, value: Any) -> Any:
+    if number == types.float32:
+        return value
+    if number == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(value, _INT), _INT(16)), ir.FloatType())
+    return builder.sitofp(value, ir.FloatType())
 
 
 @_intrinsic
@@ -80,14 +87,26 @@ def _from_float32(typing_context: Any, number: Any, like: Any) -> Any:
 
 
 @_intrinsic
-def _prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Asks for the cache line so many bytes behind an array's start; that may be memory of something else."""
+def _load(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
+    """Number of that index of those that lie at an address, of the type of an array, as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _prefetch_line(builder, builder.gep(_start(context, builder, array, arguments[0], _BYTE), [arguments[1]]))
+        start = builder.inttoptr(arguments[0], _ELEMENTS[like.dtype].as_pointer())
+        value = builder.load(builder.gep(start, [arguments[1]]), align=like.dtype.bitwidth // 8)
+        return _as_float(builder, like.dtype, value)
+
+    return types.float32(types.intp, types.intp, like), generate
+
+
+@_intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line at an address; there may be nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch_line(builder, builder.inttoptr(arguments[0], _BYTE.as_pointer()))
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+    return types.void(types.intp), generate
 
 
 def _prefetch_line(builder: Any, pointer: Any) -> None:
@@ -103,53 +122,165 @@ def _start(context: Any, builder: Any, array_type: Any, array: Any, element: Any
     return builder.bitcast(context.make_array(array_type)(context, builder, array).data, element.as_pointer())
 
 
+@njit(fastmath=_FASTMATH)
+def _dot(row: Any, address: Any, like: Any) -> Any:
+    """Sum of the products of a row [K] and the K numbers at an address."""
+    total = np.float32(0)
+    for i in range(len(row)):
+        total += row[i] * _load(address, i, like)
+    return total
+
+
+@njit(fastmath=_FASTMATH)
+def _dot_four(rows: Any, first: Any, address: Any, like: Any) -> Any:
+    """As `_dot` for four rows [P, K] from the first on, for which each number is turned into a float once."""
+    total = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(rows.shape[1]):
+        value = _load(address, i, like)
+        total = (
+            total[0] + rows[first, i] * value,
+            total[1] + rows[first + 1, i] * value,
+            total[2] + rows[first + 2, i] * value,
+            total[3] + rows[first + 3, i] * value,
+        )
+    return total
+
+
+@njit
+def _prefetch_next(address: Any, num_bytes: Any) -> None:
+    """Asks for as many bytes as are about to be read at an address, from further on."""
+    for offset in range(_BYTES_AHEAD, _BYTES_AHEAD + num_bytes, _CACHE_LINE):
+        _prefetch(address + offset)
+
+
+@njit
+def _as_float32(numbers: Any, copy: Any) -> None:
+    for i in range(len(numbers)):
+        copy[i] = _to_float32(numbers[i])
+
+
+@njit
+def _starts(matrices: Any) -> Any:
+    """Where the outputs of each matrix begin among those of all, and where the last end: [S + 1]."""
+    starts = np.zeros(len(matrices) + 1, np.int64)
+    for matrix in range(len(matrices)):
+        starts[matrix + 1] = starts[matrix] + matrices[matrix, 2]
+    return starts
+
+
+@njit
+def _output_places(matrices: Any, spans: Any) -> Any:
+    """`_starts`, and the same with the outputs of all rows counted: [S]."""
+    places = np.zeros(len(matrices), np.int64)
+    for matrix in range(1, len(matrices)):
+        num_rows = spans[matrix - 1, 1] - spans[matrix - 1, 0]
+        places[matrix] = places[matrix - 1] + num_rows * matrices[matrix - 1, 2]
+    return _starts(matrices), places
+
+
 @_compiled
-def multiply_rows(inputs: Any, weight: Any, scales: Any, matrices: Any, ends: Any, outputs: Any) -> None:
+def multiply_rows(
+    num_threads: Any, inputs: Any, matrices: Any, spans: Any, weight_like: Any, scale_like: Any, outputs: Any
+) -> None:
     """Multiplies rows by float32, bfloat16 or int8 weights.
 
     Args:
+        num_threads: How many threads there are.
         inputs: [P, K], here and below numbers are float32 or the bits of bfloat16 as uint16.
-        weight: [E, N, K] numbers or int8.
-        scales: [E, N] factors on the outputs, or None.
-        matrices: [S] int64, the matrices that are used.
-        ends: [S + 1] int64; matrix s multiplies the rows from `ends[s]` up to `ends[s + 1]`.
-        outputs: [P, N] numbers, written to.
+        matrices: [S, 4] int64: addresses of a matrix and of its scales, N, and N' of int4 scales (see
+            `few_row_products.StreamedWeight.places`).
+        spans: [S, 2] int64; matrix s multiplies the rows from `spans[s, 0]` up to `spans[s, 1]`.
+        weight_like: An array of the type of the weights, numbers or int8; only the type counts.
+        scale_like: The same of scales; None if there are none.
+        outputs: Numbers, written to: for each matrix in turn its rows' outputs, a row after the other.
     """
-    num_outputs, num_inputs = weight.shape[1:]
+    num_inputs = inputs.shape[1]
+    row_bytes = num_inputs * weight_like.itemsize
     rows = np.empty(inputs.shape, np.float32)
     for row in range(len(inputs)):
-        for i in range(num_inputs):
-            rows[row, i] = _to_float32(inputs[row, i])
-    row_bytes = num_inputs * weight.itemsize
-    for unit in prange(len(matrices) * num_outputs):
-        segment = unit // num_outputs
-        matrix = matrices[segment]
-        output = unit % num_outputs
-        start = (matrix * num_outputs + output) * row_bytes + _BYTES_AHEAD
-        for offset in range(0, row_bytes, _CACHE_LINE):
-            _prefetch(weight, start + offset)
-        values = weight[matrix, output]
-        scale = np.float32(1) if scales is None else _to_float32(scales[matrix, output])
-        row, end = ends[segment], ends[segment + 1]
-        while row + _ROWS_AT_ONCE <= end:  # so each weight is turned into a float once for all of them
-            first, second, third, fourth = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for i in range(num_inputs):
-                value = _to_float32(values[i])
-                first += rows[row, i] * value
-                second += rows[row + 1, i] * value
-                third += rows[row + 2, i] * value
-                fourth += rows[row + 3, i] * value
-            outputs[row, output] = _from_float32(first * scale, outputs)
-            outputs[row + 1, output] = _from_float32(second * scale, outputs)
-            outputs[row + 2, output] = _from_float32(third * scale, outputs)
-            outputs[row + 3, output] = _from_float32(fourth * scale, outputs)
-            row += _ROWS_AT_ONCE
-        while row < end:
+        _as_float32(inputs[row], rows[row])
+    starts, places = _output_places(matrices, spans)
+    for part in prange(num_threads):
+        matrix = 0
+        for unit in range(part * starts[-1] // num_threads, (part + 1) * starts[-1] // num_threads):
+            while unit >= starts[matrix + 1]:
+                matrix += 1
+            num_outputs = matrices[matrix, 2]
+            output = unit - starts[matrix]
+            address = matrices[matrix, 0] + output * row_bytes
+            _prefetch_next(address, row_bytes)
+            scale = np.float32(1) if scale_like is None else _load(matrices[matrix, 1], output, scale_like)
+            row, end = spans[matrix]
+            place = places[matrix] + output
+            while row + _ROWS_AT_ONCE <= end:
+                for total in _dot_four(rows, row, address, weight_like):
+                    outputs[place] = _from_float32(total * scale, outputs)
+                    place += num_outputs
+                row += _ROWS_AT_ONCE
+            while row < end:
+                outputs[place] = _from_float32(_dot(rows[row], address, weight_like) * scale, outputs)
+                place += num_outputs
+                row += 1
+
+
+@njit
+def _silu(number: Any) -> Any:
+    return number / (np.float32(1) + np.exp(-number))
+
+
+@_compiled
+def run_gated_layers(
+    num_threads: Any,
+    inputs: Any,
+    layers: Any,
+    factors: Any,
+    weight_like: Any,
+    scale_like: Any,
+    outputs: Any,
+) -> None:
+    """Runs one token through gated feed-forward layers with SiLU of float32, bfloat16 or int8, and adds these up.
+
+    Args:
+        num_threads: See `multiply_rows`.
+        inputs: [K] numbers.
+        layers: [S, 3, 4] int64, the matrices of each layer: gate, up and down, see `multiply_rows`.
+        factors: [S] float32, what the outputs of each layer are multiplied by.
+        weight_like: See `multiply_rows`.
+        scale_like: See `multiply_rows`.
+        outputs: [N] numbers, written to.
+    """
+    row = np.empty(len(inputs), np.float32)
+    _as_float32(inputs, row)
+    starts = _starts(layers[:, 0])
+    activations = np.empty(starts[-1], np.float32)
+    row_bytes = len(inputs) * weight_like.itemsize
+    for part in prange(num_threads):
+        layer = 0
+        for unit in range(part * starts[-1] // num_threads, (part + 1) * starts[-1] // num_threads):
+            while unit >= starts[layer + 1]:
+                layer += 1
+            number = unit - starts[layer]
+            gate_address = layers[layer, 0, 0] + number * row_bytes
+            up_address = layers[layer, 1, 0] + number * row_bytes
+            _prefetch_next(gate_address, row_bytes)
+            _prefetch_next(up_address, row_bytes)
+            gate, up = _dot(row, gate_address, weight_like), _dot(row, up_address, weight_like)
+            if scale_like is not None:
+                gate *= _load(layers[layer, 0, 1], number, scale_like)
+                up *= _load(layers[layer, 1, 1], number, scale_like)
+            activations[unit] = _silu(gate) * up
+    for part in prange(num_threads):
+        for output in range(part * len(outputs) // num_threads, (part + 1) * len(outputs) // num_threads):
             total = np.float32(0)
-            for i in range(num_inputs):
-                total += rows[row, i] * _to_float32(values[i])
-            outputs[row, output] = _from_float32(total * scale, outputs)
-            row += 1
+            for layer in range(len(layers)):
+                width = starts[layer + 1] - starts[layer]
+                down_address = layers[layer, 2, 0] + output * width * weight_like.itemsize
+                _prefetch_next(down_address, width * weight_like.itemsize)
+                factor = factors[layer]
+                if scale_like is not None:
+                    factor *= _load(layers[layer, 2, 1], output, scale_like)
+                total += factor * _dot(activations[starts[layer] : starts[layer + 1]], down_address, weight_like)
+            outputs[output] = _from_float32(total, outputs)
 
 
 def _vector(element: Any, count: int) -> Any:
@@ -168,7 +299,7 @@ def _variable(builder: Any) -> Any:
     return variable
 
 
-def _load(builder: Any, pointer: Any, element: Any, count: int) -> Any:
+def _load_vector(builder: Any, pointer: Any, element: Any, count: int) -> Any:
     return builder.load(builder.bitcast(pointer, _vector(element, count).as_pointer()), align=element.width // 8)
 
 
@@ -189,8 +320,7 @@ def _add_pairs(builder: Any, left: Any, right: Any) -> Any:
 @_intrinsic(prefer_literal=True)
 def _multiply_group(
     typing_context: Any,
-    weight: Any,
-    offset: Any,
+    address: Any,
     levels: Any,
     row: Any,
     group: Any,
@@ -205,8 +335,7 @@ def _multiply_group(
 
     Args:
         typing_context: Of numba.
-        weight: Array of uint8.
-        offset: Bytes to the block's first input of this group; each input has b / 2.
+        address: Of the weights of the block's first input of this group; each input has b / 2 bytes.
         levels: [P, K / g, g] int16, the inputs.
         row: The first row.
         group: Which inputs of the row.
@@ -216,9 +345,9 @@ def _multiply_group(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weight_value, offset_value, levels_value, row_value, group_value, products_value, _, _ = arguments
+        address_value, levels_value, row_value, group_value, products_value, _, _ = arguments
         half_block = block_rows.literal_value // 2
-        packed = builder.gep(_start(context, builder, weight, weight_value, _BYTE), [offset_value])
+        packed = builder.inttoptr(address_value, _BYTE.as_pointer())
         num_groups, group_size = cgutils.unpack_tuple(
             builder, context.make_array(levels)(context, builder, levels_value).shape
         )[1:]
@@ -232,9 +361,9 @@ def _multiply_group(
             position = builder.mul(loop.index, _LONG(2))
             place = builder.gep(packed, [builder.mul(position, _LONG(half_block))])
             _prefetch_line(builder, builder.gep(place, [_LONG(_BYTES_AHEAD)]))
-            nibbles = _unpack_pair(builder, _load(builder, place, _BYTE, 2 * half_block))
+            nibbles = _unpack_pair(builder, _load_vector(builder, place, _BYTE, 2 * half_block))
             for start, row_sums in zip(rows, sums, strict=True):
-                pair = _load(builder, builder.gep(start, [position]), _WORD, 2)
+                pair = _load_vector(builder, builder.gep(start, [position]), _WORD, 2)
                 pairs = _shuffle(builder, pair, [0, 1] * _LANES)
                 for total, words in zip(row_sums, nibbles, strict=True):
                     builder.store(builder.add(builder.load(total), _add_pairs(builder, words, pairs)), total)
@@ -244,7 +373,7 @@ def _multiply_group(
             builder.store(builder.load(total), place, align=_INT.width // 8)
         return context.get_dummy_value()
 
-    arguments = (weight, types.intp, levels, types.intp, types.intp, products, block_rows, num_rows)
+    arguments = (types.intp, levels, types.intp, types.intp, products, block_rows, num_rows)
     return types.void(*arguments), generate
 
 
@@ -285,75 +414,199 @@ def _round_to_int16(inputs: Any, levels: Any, group_sums: Any) -> Any:
     return largest / np.float32(_INT16_MAX) if is_finite else np.float32(np.nan)
 
 
+@njit
+def _rounded_rows(inputs: Any, group_size: Any) -> Any:
+    """Rows [P, K] to integers of 16 bits: levels [P, K / g, g], their sums by group, and the steps [P]."""
+    num_rows, num_inputs = inputs.shape
+    num_groups = num_inputs // group_size
+    levels = np.empty((num_rows, num_groups, group_size), np.int16)
+    group_sums = np.empty((num_rows, num_groups), np.float32)
+    steps = np.empty(num_rows, np.float32)
+    for row in range(num_rows):
+        grouped = inputs[row].reshape(num_groups, group_size)
+        steps[row] = _round_to_int16(grouped, levels[row], group_sums[row])
+    return levels, group_sums, steps
+
+
 @cache
-def int4_kernel(block_rows: int) -> Any:
-    """The kernel for blocks of so many outputs."""
+def _int4_block(block_rows: int) -> Any:
+    """What multiplies rows by a block of so many outputs."""
+
+    @njit(fastmath=_FASTMATH)
+    def multiply_block(
+        levels: Any, group_sums: Any, row: Any, count: Any, matrix: Any, block: Any, scale_like: Any, totals: Any
+    ) -> None:
+        """Multiplies four rows or one, in steps of their rounding.
+
+        Args:
+            levels: [P, K / g, g] int16.
+            group_sums: [P, K / g].
+            row: The first row.
+            count: How many rows, 4 or 1.
+            matrix: [4] int64, see `multiply_rows`.
+            block: Number of the block.
+            scale_like: See `multiply_rows`.
+            totals: [4, b] float32, written to.
+        """
+        num_groups, group_size = levels.shape[1:]
+        group_bytes = group_size * (block_rows // 2)
+        scale_bytes = 2 * block_rows * scale_like.itemsize
+        products = np.empty((_ROWS_AT_ONCE, block_rows), np.int32)
+        totals[:] = 0
+        for group in range(num_groups):
+            address = matrix[0] + (block * num_groups + group) * group_bytes
+            scale_address = matrix[1] + (group * matrix[3] + block * block_rows) * 2 * scale_like.itemsize
+            # Those of the next block follow; this one's have been asked for in the last.
+            for line in range(scale_bytes, 2 * scale_bytes, _CACHE_LINE):
+                _prefetch(scale_address + line)
+            if count == _ROWS_AT_ONCE:
+                _multiply_group(address, levels, row, group, products, block_rows, _ROWS_AT_ONCE)
+            else:
+                _multiply_group(address, levels, row, group, products, block_rows, 1)
+            for number in range(count):
+                group_sum = group_sums[row + number, group]
+                for i in range(block_rows):
+                    scale = _load(scale_address, 2 * i, scale_like)
+                    center = _load(scale_address, 2 * i + 1, scale_like)
+                    product = np.float32(products[number, i]) - np.float32(_INT4_CENTER) * group_sum
+                    totals[number, i] += product * scale + group_sum * center
+
+    return multiply_block
+
+
+@cache
+def int4_rows_kernel(block_rows: int) -> Any:
+    """As `multiply_rows`, for int4 weights in blocks of so many outputs."""
+    multiply_block = _int4_block(block_rows)
 
     @_compiled
-    def multiply_int4_rows(inputs: Any, weight: Any, scales: Any, matrices: Any, ends: Any, outputs: Any) -> None:
+    def multiply_int4_rows(
+        num_threads: Any, inputs: Any, matrices: Any, spans: Any, group_size: Any, scale_like: Any, outputs: Any
+    ) -> None:
         """Multiplies rows by int4 weights.
 
         Each row of inputs is rounded to 65,535 levels, finer than bfloat16: products of integers take half as long.
 
         Args:
-            inputs: [P, K / g, g] numbers, see `multiply_rows`.
-            weight: [E, N / b, K, b / 2] uint8, see `quantization.packing`.
-            scales: [E, K / g, N / b, b, 2] numbers, scale and offset.
-            matrices: [S] int64, see `multiply_rows`.
-            ends: [S + 1] int64, see `multiply_rows`.
-            outputs: [P, N / b, b] numbers, written to.
+            num_threads: See `multiply_rows`.
+            inputs: See `multiply_rows`.
+            matrices: See `multiply_rows`; N is a multiple of b.
+            spans: See `multiply_rows`.
+            group_size: g.
+            scale_like: See `multiply_rows`.
+            outputs: See `multiply_rows`.
         """
-        num_rows, num_groups, group_size = inputs.shape
-        num_blocks = weight.shape[1]
-        scale_bytes = block_rows * 2 * scales.itemsize
-        levels = np.empty(inputs.shape, np.int16)
-        group_sums = np.empty((num_rows, num_groups), np.float32)
-        steps = np.empty(num_rows, np.float32)
-        for row in range(num_rows):
-            steps[row] = _round_to_int16(inputs[row], levels[row], group_sums[row])
-        for unit in prange(len(matrices) * num_blocks):
-            segment = unit // num_blocks
-            matrix = matrices[segment]
-            block = unit % num_blocks
-            products = np.empty((_ROWS_AT_ONCE, block_rows), np.int32)
+        levels, group_sums, steps = _rounded_rows(inputs, group_size)
+        starts, places = _output_places(matrices, spans)
+        num_blocks = starts[-1] // block_rows
+        for part in prange(num_threads):
             totals = np.empty((_ROWS_AT_ONCE, block_rows), np.float32)
-            row, end = ends[segment], ends[segment + 1]
-            while row < end:
-                count = _ROWS_AT_ONCE if row + _ROWS_AT_ONCE <= end else 1
-                totals[:] = 0
-                for group in range(num_groups):
-                    # Those of the next block follow; this one's have been asked for in the last.
-                    next_scales = ((matrix * num_groups + group) * num_blocks + block + 1) * scale_bytes
-                    for line in range(0, scale_bytes, _CACHE_LINE):
-                        _prefetch(scales, next_scales + line)
-                    start = ((matrix * num_blocks + block) * num_groups + group) * group_size * (block_rows // 2)
-                    if count == _ROWS_AT_ONCE:
-                        _multiply_group(weight, start, levels, row, group, products, block_rows, _ROWS_AT_ONCE)
-                    else:
-                        _multiply_group(weight, start, levels, row, group, products, block_rows, 1)
+            matrix = 0
+            for unit in range(part * num_blocks // num_threads, (part + 1) * num_blocks // num_threads):
+                while unit * block_rows >= starts[matrix + 1]:
+                    matrix += 1
+                num_outputs = matrices[matrix, 2]
+                output = unit * block_rows - starts[matrix]
+                row, end = spans[matrix]
+                place = places[matrix] + output
+                while row < end:
+                    count = _ROWS_AT_ONCE if row + _ROWS_AT_ONCE <= end else 1
+                    block = output // block_rows
+                    multiply_block(levels, group_sums, row, count, matrices[matrix], block, scale_like, totals)
                     for number in range(count):
-                        group_sum = group_sums[row + number, group]
                         for i in range(block_rows):
-                            scale = _to_float32(scales[matrix, group, block, i, 0])
-                            center = _to_float32(scales[matrix, group, block, i, 1])
-                            product = np.float32(products[number, i]) - np.float32(_INT4_CENTER) * group_sum
-                            totals[number, i] += product * scale + group_sum * center
-                for number in range(count):
-                    for i in range(block_rows):
-                        output = totals[number, i] * steps[row + number]
-                        outputs[row + number, block, i] = _from_float32(output, outputs)
-                row += count
+                            outputs[place + i] = _from_float32(totals[number, i] * steps[row + number], outputs)
+                        place += num_outputs
+                    row += count
 
     return multiply_int4_rows
 
 
+@cache
+def int4_gated_kernel(block_rows: int) -> Any:
+    """As `run_gated_layers`, for int4 weights in blocks of so many outputs."""
+    multiply_block = _int4_block(block_rows)
+
+    @_compiled
+    def run_gated_int4_layers(
+        num_threads: Any,
+        inputs: Any,
+        layers: Any,
+        factors: Any,
+        group_sizes: Any,
+        scale_like: Any,
+        outputs: Any,
+    ) -> None:
+        """Runs one token through gated feed-forward layers with SiLU of int4 weights, and adds these up.
+
+        Args:
+            num_threads: See `multiply_rows`.
+            inputs: See `run_gated_layers`.
+            layers: See `run_gated_layers`; widths and N are multiples of b.
+            factors: See `run_gated_layers`.
+            group_sizes: [2] int64, g of gate and up, and of down.
+            scale_like: See `multiply_rows`.
+            outputs: See `run_gated_layers`.
+        """
+        levels, group_sums, steps = _rounded_rows(inputs.reshape(1, len(inputs)), group_sizes[0])
+        starts = _starts(layers[:, 0])
+        activations = np.empty(starts[-1], np.float32)
+        num_blocks = starts[-1] // block_rows
+        for part in prange(num_threads):
+            gates = np.empty((_ROWS_AT_ONCE, block_rows), np.float32)
+            ups = np.empty((_ROWS_AT_ONCE, block_rows), np.float32)
+            layer = 0
+            for unit in range(part * num_blocks // num_threads, (part + 1) * num_blocks // num_threads):
+                first = unit * block_rows
+                while first >= starts[layer + 1]:
+                    layer += 1
+                block = (first - starts[layer]) // block_rows
+                multiply_block(levels, group_sums, 0, 1, layers[layer, 0], block, scale_like, gates)
+                multiply_block(levels, group_sums, 0, 1, layers[layer, 1], block, scale_like, ups)
+                for i in range(block_rows):
+                    activations[first + i] = _silu(gates[0, i] * steps[0]) * ups[0, i] * steps[0]
+        group_size = group_sizes[1]
+        levels = np.empty((1, starts[-1] // group_size, group_size), np.int16)
+        group_sums = np.empty((1, starts[-1] // group_size), np.float32)
+        steps = np.empty(len(layers), np.float32)
+        for layer in range(len(layers)):
+            first, end = starts[layer] // group_size, starts[layer + 1] // group_size
+            grouped = activations[starts[layer] : starts[layer + 1]].reshape(end - first, group_size)
+            steps[layer] = _round_to_int16(grouped, levels[0, first:end], group_sums[0, first:end])
+            steps[layer] *= factors[layer]
+        num_blocks = len(outputs) // block_rows
+        for part in prange(num_threads):
+            totals = np.empty((_ROWS_AT_ONCE, block_rows), np.float32)
+            sums = np.empty(block_rows, np.float32)
+            for block in range(part * num_blocks // num_threads, (part + 1) * num_blocks // num_threads):
+                sums[:] = 0
+                for layer in range(len(layers)):
+                    first, end = starts[layer] // group_size, starts[layer + 1] // group_size
+                    own_levels, own_sums = levels[:, first:end], group_sums[:, first:end]
+                    multiply_block(own_levels, own_sums, 0, 1, layers[layer, 2], block, scale_like, totals)
+                    for i in range(block_rows):
+                        sums[i] += totals[0, i] * steps[layer]
+                for i in range(block_rows):
+                    outputs[block * block_rows + i] = _from_float32(sums[i], outputs)
+
+    return run_gated_int4_layers
+
+
 @_compiled
 def attend_one_token(
-    queries: Any, keys: Any, values: Any, length: int, visible: Any, scaling: Any, outputs: Any
+    num_threads: Any,
+    queries: Any,
+    keys: Any,
+    values: Any,
+    length: int,
+    visible: Any,
+    scaling: Any,
+    outputs: Any,
 ) -> None:
     """Attention of one new token a row of the batch to those in a cache.
 
     Args:
+        num_threads: See `multiply_rows`.
         queries: [B, G, h, D] numbers (see `multiply_rows`): h heads that share keys and values.
         keys: [B, G, room, D] numbers.
         values: [B, G, room, V] numbers.
@@ -394,3 +647,45 @@ def attend_one_token(
                     mixed[i] += weight * _to_float32(value[i])
             for i in range(value_width):
                 outputs[row, group, head, i] = _from_float32(mixed[i] / total, outputs)
+
+
+@partial(_compiled, is_parallel=False)
+def normalize_rows(rows: Any, address: Any, like: Any, epsilon: Any, outputs: Any) -> None:
+    """Root-mean-square norm.
+
+    Args:
+        rows: [P, D] numbers (see `multiply_rows`).
+        address: Of the weight, D numbers.
+        like: See `multiply_rows`, of the same type as the rows.
+        epsilon: Added to the mean square, float32.
+        outputs: [P, D] numbers, written to.
+    """
+    width = rows.shape[1]
+    for row in range(len(rows)):
+        total = np.float32(0)
+        for i in range(width):
+            number = _to_float32(rows[row, i])
+            total += number * number
+        factor = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
+        for i in range(width):
+            # Rounded before it is multiplied by the weight, too.
+            normed = _to_float32(_from_float32(_to_float32(rows[row, i]) * factor, rows))
+            outputs[row, i] = _from_float32(normed * _load(address, i, like), outputs)
+
+
+@partial(_compiled, is_parallel=False)
+def rotate_halves(heads: Any, cosines: Any, sines: Any, outputs: Any) -> None:
+    """Rotates number i of the first half of each head with number i of the second.
+
+    Args:
+        heads: [H, D] numbers (see `multiply_rows`).
+        cosines: [D / 2] float32.
+        sines: [D / 2] float32.
+        outputs: [H, D] numbers, written to.
+    """
+    half = len(cosines)
+    for head in range(len(heads)):
+        for i in range(half):
+            first, second = _to_float32(heads[head, i]), _to_float32(heads[head, half + i])
+            outputs[head, i] = _from_float32(first * cosines[i] - second * sines[i], outputs)
+            outputs[head, half + i] = _from_float32(second * cosines[i] + first * sines[i], outputs)

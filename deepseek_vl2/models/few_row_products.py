@@ -10,22 +10,24 @@ import threading
 from collections.abc import Sequence
 from itertools import accumulate
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from .streamed_weights import NUMPY_TYPES, StreamedWeight, remember, weight_of
 
 logger = logging.getLogger(__name__)
 
 # Up to so many rows of one matrix: with more, its weights are in the processor's caches for most of the time, where
 # torch's products, which use instructions for matrices, are faster.
 MAX_ROWS = 4
-# int4 weights are held in bytes, two in each.
-WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+INPUT_TYPES = (torch.float32, torch.bfloat16)
 # So many bytes of weights are read by one thread; for fewer another one costs more than it brings, and much more where
 # other programs keep it waiting.
 BYTES_A_THREAD = 2**17
-# A single weight of fewer bytes is in a cache, where torch's product takes less time than the way to the kernel.
+# Weights of fewer bytes are in a cache, where torch's product takes less time than the way to the kernel.
 MIN_LINEAR_BYTES = 2**18
 _TOLERANCE = 1e-5  # of the largest output: sums are formed in another order
 # One caller at a time: not all of numba's pools of threads stand two.
@@ -35,96 +37,137 @@ _lock = threading.Lock()
 class StreamedLinear(nn.Linear):
     """A linear layer that reads its weight at the speed of memory where a few rows on the CPU are multiplied by it."""
 
+    def streamed_weight(self) -> StreamedWeight:
+        """The weight in the form that the kernels read."""
+        return remember(self, "weight", self.weight)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows [..., K] -> [..., N]."""
-        output = linear(input, self.weight)
-        if output is None:
+        outputs = project(input, self.streamed_weight()) if are_few_rows(input) else None
+        if outputs is None:
             return super().forward(input)
-        return output if self.bias is None else output + self.bias
+        return outputs[0] if self.bias is None else outputs[0] + self.bias
 
 
-def linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """Multiplies inputs [..., K] by a weight [N, K], which may be of another type.
+def are_few_rows(inputs: torch.Tensor) -> bool:
+    """Whether inputs [..., K] are a few rows on the CPU that no compiler traces."""
+    return (
+        type(inputs) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and 0 < inputs.numel() <= MAX_ROWS * inputs.shape[-1]
+        and inputs.device.type == "cpu"
+    )
+
+
+def project(inputs: torch.Tensor, *weights: StreamedWeight) -> list[torch.Tensor] | None:
+    """Multiplies the same inputs by several weights.
+
+    Args:
+        inputs: [..., K] in bfloat16 or float32.
+        weights: Each [N, K].
 
     Returns:
-        [..., N] in the type of the inputs; None if they are not a few rows, or the weight is small.
+        [..., N] of each in the type of the inputs; None if they are not a few rows, not all of a kind, or small and as
+        torch takes them.
     """
-    if weight.nbytes < MIN_LINEAR_BYTES:
+    first = weights[0]
+    num_outputs = sum([weight.num_rows for weight in weights])
+    if first.scales is None and num_outputs * first.row_bytes < MIN_LINEAR_BYTES:
         return None
     rows = inputs.reshape(-1, inputs.shape[-1])
-    if not can_multiply(rows, weight, rows.shape[0]):
+    num_rows = rows.shape[0]
+    if not can_multiply(rows, num_rows, *weights):
         return None
-    return multiply(rows, weight).view(*inputs.shape[:-1], -1)
+    places = first.places if len(weights) == 1 else np.concatenate([weight.places for weight in weights])
+    flat = _multiply(rows, first, places, [(0, num_rows)] * len(weights), num_outputs)
+    outputs, end = [], 0
+    for weight in weights:
+        start, end = end, end + num_rows * weight.num_rows
+        output = flat[start:end].reshape(*inputs.shape[:-1], weight.num_rows)
+        # Blocks of int4 weights are filled up.
+        output = output if weight.num_outputs == weight.num_rows else output[..., : weight.num_outputs]
+        outputs.append(as_tensor(output, inputs.dtype))
+    return outputs
+
+
+def call_together(inputs: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """What linear layers give for the same inputs [..., K], in one call of a kernel where that may be."""
+    outputs = None
+    if are_few_rows(inputs):
+        weights = [weight for weight in map(weight_of, layers) if weight is not None]
+        outputs = project(inputs, *weights) if len(weights) == len(layers) else None
+    return [layer(inputs) for layer in layers] if outputs is None else outputs
 
 
 def multiply(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor | None = None,
-    matrices: Sequence[int] = (0,),
-    counts: Sequence[int] | None = None,
-    block_rows: int = 64,
+    rows: torch.Tensor, weight: StreamedWeight, matrices: Sequence[int], counts: Sequence[int]
 ) -> torch.Tensor:
     """Multiplies rows by the matrices that they belong to; sums are in float32.
 
     Args:
         rows: [P, K] in bfloat16 or float32, those of one matrix beside each other.
-        weight: [E, N, K] in float32, bfloat16 or int8, or [E, N, K / 2] uint8 of int4 weights as in
-            `quantization.packing`; without E if there is one matrix.
-        scales: bfloat16 [E, N] for int8, [E, K / g, N, 2] for int4; also.
+        weight: [E, N, K].
         matrices: Numbers of the matrices that are used.
-        counts: How many rows each of them multiplies; None if one has all.
-        block_rows: Outputs of int4 weights that lie side by side.
+        counts: How many rows each of them multiplies.
 
     Returns:
         [P, N] in the type of the rows.
     """
-    counts = [rows.shape[0]] if counts is None else counts
-    if weight.dtype == torch.uint8 and rows.dtype == torch.float32:
-        # The kernel rounds inputs to 16 bits: enough for bfloat16, but not for float32. So in two parts.
-        steps = (
-            rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny) / torch.iinfo(torch.int16).max
-        )
-        coarse = (rows / steps).round_() * steps
-        both = torch.stack((coarse, rows - coarse), dim=1).flatten(0, 1)
-        outputs = _run(both, weight, scales, matrices, [2 * count for count in counts], block_rows)
-        return outputs.unflatten(0, (-1, 2)).sum(dim=1)
-    return _run(rows, weight, scales, matrices, counts, block_rows)
+    ends = list(accumulate(counts))
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    places = weight.places[list(matrices)]
+    outputs = _multiply(rows, weight, places, spans, len(matrices) * weight.num_rows).reshape(rows.shape[0], -1)
+    return as_tensor(outputs[:, : weight.num_outputs], rows.dtype)
 
 
-def _run(
+def _multiply(
     rows: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor | None,
-    matrices: Sequence[int],
-    counts: Sequence[int],
-    block_rows: int,
-) -> torch.Tensor:
-    """See `multiply`; int4 weights multiply rows that are rounded to 16 bits."""
-    # Arrays from here on: what torch takes for a view or a shape is a part of a small product's time.
-    inputs, values = _array(rows.contiguous()), _array(weight)
-    factors = None if scales is None else _array(scales)
-    num_outputs = values.shape[-2]
-    outputs = np.empty((len(inputs), num_outputs), inputs.dtype)
-    chosen, ends = np.array(matrices), np.array([0, *accumulate(counts)])
-    kernels = _kernels(len(matrices) * num_outputs * values.shape[-1] * values.itemsize)
+    like: StreamedWeight,
+    places: np.ndarray,
+    spans: Sequence[tuple[int, int]],
+    num_outputs: int,
+) -> np.ndarray:
+    """Multiplies the rows of each span by the matrix at a place.
+
+    Args:
+        rows: [P, K].
+        like: A weight of the kind of the matrices.
+        places: See `StreamedWeight`.
+        spans: First row of each matrix, and the one after the last.
+        num_outputs: N of all matrices together.
+
+    Returns:
+        All outputs in a row, matrix by matrix.
+    """
+    num_threads = threads_for(num_outputs * like.row_bytes)
+    kernel = kernels().int4_rows_kernel(like.block_rows) if like.is_int4 else kernels().multiply_rows
+    if not (like.is_int4 and rows.dtype == torch.float32):
+        inputs = as_array(rows.contiguous())
+        outputs = np.empty(_num_products(places, spans), inputs.dtype)
+        run_kernel(kernel, num_threads, inputs, places, np.array(spans), *like.types, outputs)
+        return outputs
+    # The kernel rounds inputs to 16 bits: enough for bfloat16, but not for float32. So in two parts.
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny)
+    steps = largest / torch.iinfo(torch.int16).max
+    coarse = (rows / steps).round_() * steps
+    both = as_array(torch.cat((coarse, rows - coarse)))
+    twice = np.concatenate((spans, np.array(spans) + rows.shape[0]))
+    outputs = np.empty((2, _num_products(places, spans)), both.dtype)
+    run_kernel(kernel, num_threads, both, np.concatenate((places, places)), twice, *like.types, outputs.reshape(-1))
+    return outputs.sum(axis=0)
+
+
+def _num_products(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> int:
+    return sum([(end - start) * num_rows for (start, end), num_rows in zip(spans, places[:, 2].tolist(), strict=True)])
+
+
+def run_kernel(kernel: Any, num_threads: int, *arguments: Any) -> None:
+    """Calls a compiled kernel in so many threads."""
+    numba, _ = _modules()
     with _lock:
-        if weight.dtype == torch.uint8 and factors is not None:
-            num_groups = factors.shape[-3]
-            blocks = (num_outputs // block_rows, block_rows)
-            kernels.int4_kernel(block_rows)(
-                inputs.reshape(len(inputs), num_groups, -1),
-                values.reshape(-1, blocks[0], inputs.shape[1], block_rows // 2),
-                factors.reshape(-1, num_groups, *blocks, 2),
-                chosen,
-                ends,
-                outputs.reshape(len(inputs), *blocks),
-            )
-        else:
-            factors = None if factors is None else factors.reshape(-1, num_outputs)
-            values = values.reshape(-1, num_outputs, inputs.shape[1])
-            kernels.multiply_rows(inputs, values, factors, chosen, ends, outputs)
-    return _tensor(outputs, rows.dtype)
+        if numba.get_num_threads() != num_threads:
+            numba.set_num_threads(num_threads)
+        kernel(num_threads, *arguments)
 
 
 def attend(
@@ -147,13 +190,12 @@ def attend(
     if keys is None or values is None or (visible is not None and visible.shape != (key.shape[0], key.shape[2])):
         return None
     batch_size, num_heads = query.shape[:2]
-    queries = _array(query.contiguous()).reshape(batch_size, key.shape[1], -1, query.shape[3])
+    queries = as_array(query.contiguous()).reshape(batch_size, key.shape[1], -1, query.shape[3])
     outputs = np.empty((*queries.shape[:3], value.shape[3]), queries.dtype)
     shown = None if visible is None else visible.bool().numpy()
-    kernels = _kernels(key.nbytes + value.nbytes)
-    with _lock:
-        kernels.attend_one_token(queries, keys, values, key.shape[2], shown, np.float32(scaling), outputs)
-    return _tensor(outputs, query.dtype).view(batch_size, 1, num_heads, -1)
+    arguments = (queries, keys, values, key.shape[2], shown, np.float32(scaling), outputs)
+    run_kernel(kernels().attend_one_token, threads_for(key.nbytes + value.nbytes), *arguments)
+    return as_tensor(outputs, query.dtype).view(batch_size, 1, num_heads, -1)
 
 
 def _with_room(cached: torch.Tensor) -> np.ndarray | None:
@@ -164,28 +206,30 @@ def _with_room(cached: torch.Tensor) -> np.ndarray | None:
     end = cached.storage_offset() + batch_size * num_groups * step
     if not is_dense or end * cached.element_size() > cached.untyped_storage().nbytes():
         return None
-    return _array(cached.as_strided((batch_size, num_groups, step // width, width), cached.stride()))
+    return as_array(cached.as_strided((batch_size, num_groups, step // width, width), cached.stride()))
 
 
-def _array(numbers: torch.Tensor) -> np.ndarray:
+def as_array(numbers: torch.Tensor) -> np.ndarray:
     """The same memory for numba, which knows no bfloat16: as the integers that its bits are."""
     if numbers.requires_grad:
         numbers = numbers.detach()
     return (numbers.view(torch.uint16) if numbers.dtype == torch.bfloat16 else numbers).numpy()
 
 
-def _tensor(numbers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def as_tensor(numbers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory for torch."""
     return torch.from_numpy(numbers).view(dtype)
 
 
-def _kernels(num_bytes: int) -> ModuleType:
-    """The kernels, set to torch's number of threads, or to fewer if there is little to read."""
-    numba, kernels = _modules()
+def threads_for(num_bytes: int) -> int:
+    """torch's number of threads, or fewer if there is little to read."""
     num_useful = max(num_bytes // BYTES_A_THREAD, 1)
-    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, num_useful)
-    if numba.get_num_threads() != num_threads:
-        numba.set_num_threads(num_threads)
-    return kernels
+    return min(torch.get_num_threads(), _modules()[0].config.NUMBA_NUM_THREADS, num_useful)
+
+
+def kernels() -> ModuleType:
+    """`compiled_kernels`."""
+    return _modules()[1]
 
 
 @functools.cache
@@ -200,32 +244,38 @@ def _modules() -> tuple[ModuleType, ModuleType]:
 
 def can_attend(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` may take the place of products by torch."""
-    return _can_run(query, key)
+    return type(key) is torch.Tensor and key.device.type == "cpu" and can_run(query, key)
 
 
-def can_multiply(rows: torch.Tensor, weight: torch.Tensor, most_rows: int) -> bool:
+def can_multiply(rows: torch.Tensor, most_rows: int, *weights: StreamedWeight) -> bool:
     """Whether a product is one of few rows on the CPU, and neither differentiated nor traced by a compiler.
 
     Args:
         rows: [P, K].
-        weight: As for `multiply`.
         most_rows: Rows of the matrix that multiplies the most.
+        weights: What they are to be multiplied by in one call.
     """
-    num_inputs = weight.shape[-1] * (2 if weight.dtype == torch.uint8 else 1)
-    return 0 < most_rows <= MAX_ROWS and rows.shape[1] == num_inputs and _can_run(rows, weight)
+    if not 0 < most_rows <= MAX_ROWS:
+        return False
+    num_inputs, kind = rows.shape[1], weights[0].kind
+    for weight in weights:
+        if not weight.is_readable or weight.num_inputs != num_inputs or weight.kind != kind:
+            return False
+    return can_run(rows, *[weight.values for weight in weights])
 
 
-def _can_run(inputs: torch.Tensor, streamed: torch.Tensor) -> bool:
+def can_run(inputs: torch.Tensor, *streamed: torch.Tensor) -> bool:
+    """Whether kernels may run on inputs, and weights or a cache on the CPU, that no gradient is asked of."""
+    weight_type = streamed[0].dtype if streamed else inputs.dtype
     return (
         type(inputs) is torch.Tensor
-        and type(streamed) in (torch.Tensor, nn.Parameter)  # no parts of something shared between processes
-        and inputs.device.type == streamed.device.type == "cpu"
-        and inputs.dtype in (torch.bfloat16, torch.float32)
-        and streamed.dtype in WEIGHT_TYPES
-        and not (torch.is_grad_enabled() and (inputs.requires_grad or streamed.requires_grad))
+        and inputs.device.type == "cpu"
+        and inputs.dtype in INPUT_TYPES
+        and weight_type in NUMPY_TYPES
+        and not (torch.is_grad_enabled() and any(numbers.requires_grad for numbers in (inputs, *streamed)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and is_supported(streamed.dtype)
+        and is_supported(weight_type)
     )
 
 
@@ -270,6 +320,6 @@ def _is_right(weight_type: torch.dtype) -> bool:
             for matrix in range(2):
                 packing.quantize_into(values[matrix], weight[matrix], scales[matrix], weight_format)
                 exact[matrix] = packing.dequantize(weight[matrix], scales[matrix], weight_format, values.shape[1])
-        found = multiply(rows, weight, scales, (1, 0), (1, MAX_ROWS + 1))
+        found = multiply(rows, StreamedWeight(weight, scales), (1, 0), (1, MAX_ROWS + 1))
         expected = torch.cat((rows[:1] @ exact[1].t(), rows[1:] @ exact[0].t()))
         return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())

@@ -5,7 +5,7 @@ For MLA: R numbers of the cached latent, P rotated numbers a head, `nope` number
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,25 +20,24 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from . import few_row_products
+from . import few_row_layers
 from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
-from .few_row_products import StreamedLinear
+from .few_row_products import StreamedLinear, are_few_rows, call_together, project
+from .gated_layers import GatedLayers, gated_layers, is_one_token, run_one_token
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
 from .parallel import CheckedSharesMixin, local_tensor
+from .rotary_positions import DeepseekV2RotaryEmbedding, rotate_halves, rotate_interleaved, yarn_score_scaling
 from .sorted_experts import StreamedExpertsInterface
-
-# Those of transformers whose frequencies do not depend on the length of the prompt.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+from .streamed_weights import remember, weight_of
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -50,73 +49,15 @@ class DeepseekV2RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if are_few_rows(hidden_states):
+            output = few_row_layers.normalize(
+                hidden_states, remember(self, "weight", self.weight), self.variance_epsilon
+            )
+            if output is not None:
+                return output
         normed = hidden_states.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(hidden_states.dtype)
-
-
-def default_inverse_frequencies(config: DeepseekV2Config) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies of plain rotary positions, in the form of transformers' other kinds of scaling.
-
-    Returns:
-        The frequencies [head_dim / 2] in float32, and the factor 1.0 on cosine and sine.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    rope_theta: float = config.rope_parameters["rope_theta"]  # type: ignore[index]  # transformers fills it in
-    return 1.0 / rope_theta**exponents, 1.0
-
-
-class DeepseekV2RotaryEmbedding(nn.Module):
-    """Cosines and sines of token positions.
-
-    The frequencies are no buffer: `model.to(torch.bfloat16)` would round them and the positions (257 becomes 256),
-    which makes wrong boxes. They stay float32 on the CPU and follow the positions' device for each use.
-    """
-
-    def __init__(self, config: DeepseekV2Config) -> None:
-        super().__init__()
-        self.rope_type = config.rope_parameters["rope_type"]  # type: ignore[index]
-        if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_scaling type {self.rope_type!r} is unknown. Choose one of {', '.join(ROPE_TYPES)}.")
-        rope_init = default_inverse_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        # Models are built on the meta device before loading, and these numbers come from no checkpoint.
-        with torch.device("cpu"):
-            inv_freq, self.attention_scaling = rope_init(config)
-        self.inv_freq = inv_freq.float()
-
-    @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [B, T] -> cosines and sines, each [B, T, head_dim / 2] in float32."""
-        if self.inv_freq.device != position_ids.device:
-            self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = position_ids[..., None].float() * self.inv_freq
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-
-
-def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring pairs (0, 1), (2, 3), ... as MLA does.
-
-    The rotated pairs are returned as all first halves, then all second halves. Queries and keys share that order, so
-    scores are those of the interleaved order.
-
-    Args:
-        x: [B, H, T, P].
-        cos: [B, T, P / 2] in float32.
-        sin: [B, T, P / 2] in float32.
-    """
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return _rotate(first, second, cos, sin).to(x.dtype)
-
-
-def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates number i of the first half with number i of the second, as multi-head attention does."""
-    first, second = x.float().chunk(2, dim=-1)
-    return _rotate(first, second, cos, sin).to(x.dtype)
-
-
-def _rotate(first: torch.Tensor, second: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class DeepseekV2MLP(nn.Module):
@@ -129,7 +70,14 @@ class DeepseekV2MLP(nn.Module):
         self.down_proj = StreamedLinear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def gated_layers(self) -> GatedLayers | None:
+        """The weights in the form that the kernels for few rows read; None if the layers do more than these say."""
+        return gated_layers(self, *map(weight_of, (self.gate_proj, self.up_proj, self.down_proj)))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        together = run_one_token(hidden_states, [self], [(0,)], (1.0,))
+        if together is not None:
+            return together
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -163,9 +111,8 @@ class DeepseekV2TopkRouter(nn.Module):
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             rows = hidden_states.float()
-            logits = few_row_products.linear(rows, self.weight)
-            if logits is None:
-                logits = F.linear(rows, self.weight.float())
+            streamed = project(rows, remember(self, "weight", self.weight)) if are_few_rows(rows) else None
+            logits = F.linear(rows, self.weight.float()) if streamed is None else streamed[0]
         scores = logits.softmax(dim=-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
         topk_indices = self._choose(scores)
         weights = scores.gather(-1, topk_indices)
@@ -204,11 +151,20 @@ class DeepseekV2Experts(nn.Module):
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
+        self.config = config
         self.num_experts: int = config.n_routed_experts  # type: ignore[assignment]
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def gated_layers(self) -> GatedLayers | None:
+        """The weights in the form that the kernels for few rows read; None where that is not what the user chose."""
+        if self.config._experts_implementation != "grouped_mm" or self._is_expert_parallel:
+            return None
+        return gated_layers(
+            self, *(remember(self, name, getattr(self, name)) for name in ("gate_up_proj", "down_proj"))
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -244,6 +200,9 @@ class DeepseekV2MoE(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None) -> torch.Tensor:
         _, topk_weights, topk_indices, balancing_loss = self.gate(hidden_states, is_token)
+        together = self._run_together(hidden_states, topk_indices, topk_weights)
+        if together is not None:
+            return together
         output = self.experts(hidden_states.flatten(0, 1), topk_indices.flatten(0, 1), topk_weights.flatten(0, 1))
         output = output.view_as(hidden_states)
         if self.training and balancing_loss.requires_grad:
@@ -251,6 +210,21 @@ class DeepseekV2MoE(nn.Module):
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
         return output
+
+    def _run_together(
+        self, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Runs a single token through routed and shared experts at once; None if that cannot be done."""
+        if not is_one_token(hidden_states):
+            return None
+        modules: list[nn.Module] = [self.experts]
+        chosen: list[Sequence[int]] = [topk_indices.flatten().tolist()]
+        factors: list[float] = topk_weights.flatten().tolist()
+        if self.shared_experts is not None:
+            modules.append(self.shared_experts)
+            chosen.append((0,))
+            factors.append(1.0)
+        return run_one_token(hidden_states, modules, chosen, factors)
 
 
 def attend(
@@ -303,8 +277,8 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, head]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, head]
+            for projected in call_together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )
         query = rotate_halves(query, *position_embeddings)
         key = rotate_halves(key, *position_embeddings)
@@ -361,9 +335,10 @@ class DeepseekV2Attention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self._project_query(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        query, compressed = self._project(hidden_states)
+        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]
+        compressed = compressed[:, None]
         latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)  # [B, 1, T, R]
         query_rope = rotate_interleaved(query_rope, *position_embeddings)
@@ -382,10 +357,12 @@ class DeepseekV2Attention(nn.Module):
             output, weights = self._attend_expanded(query, latent, key_rope, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
-    def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.config.q_lora_rank is None:
-            return self.q_proj(hidden_states)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The query of all heads [B, T, H * (nope + P)], and latent and key for rotation [B, T, R + P]."""
+        is_query_compressed = self.config.q_lora_rank is not None
+        first = self.q_a_proj if is_query_compressed else self.q_proj
+        query, compressed = call_together(hidden_states, first, self.kv_a_proj_with_mqa)
+        return self.q_b_proj(self.q_a_layernorm(query)) if is_query_compressed else query, compressed
 
     def _is_up_projection_readable(self) -> bool:
         """Whether the layer `kv_b_proj` does no more than its weight says, which can be used in parts then.
@@ -470,15 +447,6 @@ class DeepseekV2Attention(nn.Module):
         output = mixed.transpose(0, 1).flatten(1, 2) @ up_value.transpose(1, 2)  # [H, B*T, Dv]
         output = output.to(latent.dtype).unflatten(1, (batch_size, num_new)).permute(1, 2, 0, 3)
         return output, weights.to(latent.dtype)
-
-
-def yarn_score_scaling(rope_parameters: Any) -> float:
-    """Factor on attention scores that goes with yarn scaling of positions (arXiv:2309.00071, 3.4)."""
-    mscale = rope_parameters.get("mscale_all_dim", 0)
-    factor = rope_parameters.get("factor", 1.0)
-    if rope_parameters["rope_type"] == "default" or not mscale or factor <= 1:
-        return 1.0
-    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from . import few_row_products
+from .streamed_weights import remember
 
 # Multiplies rows [n, K], those of one expert beside each other, by a weight of each: (rows, "gate_up_proj" or
 # "down_proj", numbers of the experts, how many rows each has) -> [n, N].
@@ -67,11 +68,13 @@ def grouped_mm_experts_forward(
     """
     # With as many rows as experts most of these have few; a product of more is right, too.
     are_few = top_k_index.numel() <= experts.num_experts and not experts._is_expert_parallel
-    if not are_few or not few_row_products.can_multiply(hidden_states, experts.gate_up_proj, 1):
+    is_elsewhere = torch.compiler.is_compiling() or hidden_states.device.type != "cpu"
+    weight = remember(experts, "gate_up_proj", experts.gate_up_proj) if are_few and not is_elsewhere else None
+    if weight is None or not few_row_products.can_multiply(hidden_states, 1, weight):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
 
     def project_all(rows: torch.Tensor, name: str, numbers: list[int], counts: list[int]) -> torch.Tensor:
-        return few_row_products.multiply(rows, getattr(experts, name), None, numbers, counts)
+        return few_row_products.multiply(rows, remember(experts, name, getattr(experts, name)), numbers, counts)
 
     return run_sorted(project_all, experts.act_fn, experts.num_experts, hidden_states, top_k_index, top_k_weights)
 

@@ -1,7 +1,7 @@
-"""Products with quantised weights: compiled kernels for few rows, torch's packed ones for some, dequantising for many.
+"""Products with quantised weights: torch's packed kernels for some rows, dequantising for many.
 
 The packed kernels are private operators of torch. Each is tried once a process on small numbers, and without it, or
-with wrong results, plain torch takes its place; the log says so. `few_row_products` does the same with compiled ones.
+with wrong results, plain torch takes its place; the log says so. The fewest rows are left to `few_row_products`.
 """
 
 import functools
@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from .. import cpu_features, few_row_products
+from .. import cpu_features
 from . import packing
 from .config import WeightFormat
 
@@ -43,41 +43,11 @@ def linear(
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     check_activations(rows.dtype)
-    few = grouped_linear(rows, weight, scales, [0], [rows.shape[0]], num_outputs)
-    if few is not None:
-        output = few
-    elif weight_format.group_size is None:
+    if weight_format.group_size is None:
         output = _int8_product(rows, weight, scales)
     else:
         output = _int4_product(rows, weight, scales, weight_format.group_size, num_outputs)
     return output.view(*inputs.shape[:-1], num_outputs)
-
-
-def grouped_linear(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    matrices: list[int],
-    counts: list[int],
-    num_outputs: int,
-) -> torch.Tensor | None:
-    """Multiplies rows [P, K] by quantised weights [E, N, K], if no matrix has more than a few of them.
-
-    Args:
-        rows: Those of one matrix beside each other.
-        weight: See `packing`; with a leading dimension E if there are several matrices.
-        scales: Also.
-        matrices: Numbers of the matrices that are used.
-        counts: How many rows each of them multiplies.
-        num_outputs: N.
-
-    Returns:
-        [P, N] in the type of the rows; None if it is to be computed otherwise.
-    """
-    if not few_row_products.can_multiply(rows, weight, max(counts)):
-        return None
-    output = few_row_products.multiply(rows, weight, scales, matrices, counts, machine_block_rows())
-    return output if output.shape[1] == num_outputs else output[:, :num_outputs]  # without what fills up blocks
 
 
 def check_activations(dtype: torch.dtype) -> None:

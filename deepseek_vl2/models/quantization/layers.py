@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import few_row_products
+from ..few_row_products import are_few_rows
+from ..gated_layers import GatedLayers, gated_layers
 from ..modeling_deepseek import DeepseekV2Experts
 from ..sorted_experts import SortedExperts
+from ..streamed_weights import StreamedWeight, remember
 from . import kernels, packing
 from .config import WeightFormat, WeightOnlyConfig
 
@@ -16,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Linear layers that stay exact, by the end or a part of their name; see the package's docstring.
 EXACT_LINEARS = ("kv_b_proj", "attn_pool")
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 SCALES = "_scales"
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def refuse_training(module: nn.Module, inputs: torch.Tensor) -> None:
@@ -48,8 +52,18 @@ class QuantizedLinear(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs [..., K] -> [..., N]."""
         refuse_training(self, inputs)
-        output = kernels.linear(inputs, self.weight, self.weight_scales, self.weight_format, self.out_features)
+        few = few_row_products.project(inputs, self.streamed_weight()) if are_few_rows(inputs) else None
+        if few is None:
+            output = kernels.linear(inputs, self.weight, self.weight_scales, self.weight_format, self.out_features)
+        else:
+            output = few[0]
         return output if self.bias is None else output + self.bias
+
+    def streamed_weight(self) -> StreamedWeight:
+        """The weight in the form that the kernels for few rows read."""
+        return remember(
+            self, "weight", self.weight, self.weight_scales, kernels.machine_block_rows(), self.out_features
+        )
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape [N, K] of the weight before it is quantised."""
@@ -101,9 +115,19 @@ class QuantizedExperts(SortedExperts):
 
     def project_all(self, rows: torch.Tensor, name: str, experts: list[int], counts: list[int]) -> torch.Tensor:
         """See `SortedExperts.project_all`."""
-        weight, scales = getattr(self, name), getattr(self, name + SCALES)
-        output = kernels.grouped_linear(rows, weight, scales, experts, counts, self.shapes[name][1])
-        return super().project_all(rows, name, experts, counts) if output is None else output
+        weight = self.streamed_weight(name) if are_few_rows(rows[: max(counts)]) else None
+        if weight is not None and few_row_products.can_multiply(rows, max(counts), weight):
+            return few_row_products.multiply(rows, weight, experts, counts)
+        return super().project_all(rows, name, experts, counts)
+
+    def streamed_weight(self, name: str) -> StreamedWeight:
+        """A weight of all experts in the form that the kernels for few rows read."""
+        values, scales = getattr(self, name), getattr(self, name + SCALES)
+        return remember(self, name, values, scales, kernels.machine_block_rows(), self.shapes[name][1])
+
+    def gated_layers(self) -> GatedLayers | None:
+        """The experts in the form that the kernels for few rows read; None if they are of another kind."""
+        return gated_layers(self, *map(self.streamed_weight, EXPERT_WEIGHTS))
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape [E, N, K] of a weight before it is quantised."""

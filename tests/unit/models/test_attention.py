@@ -13,9 +13,9 @@ from deepseek_vl2.models.modeling_deepseek import (
     DeepseekV2Attention,
     DeepseekV2ForCausalLM,
     DeepseekV2MultiHeadAttention,
-    DeepseekV2RotaryEmbedding,
     mask_scores,
 )
+from deepseek_vl2.models.rotary_positions import DeepseekV2RotaryEmbedding
 from deepseek_vl2.models.siglip_vit import VisionAttention
 
 KINDS = {

@@ -11,6 +11,7 @@ from deepseek_vl2.models import few_row_products
 from deepseek_vl2.models.attention_kernels import attend_by_products, attend_one_token
 from deepseek_vl2.models.quantization import packing
 from deepseek_vl2.models.quantization.config import WeightFormat
+from deepseek_vl2.models.streamed_weights import StreamedWeight
 
 NUM_MATRICES, NUM_OUTPUTS, NUM_INPUTS = 5, 192, 384
 KINDS = [torch.float32, torch.bfloat16, WeightFormat(8), WeightFormat(4, 32), WeightFormat(4, 64), WeightFormat(4, 128)]
@@ -40,6 +41,12 @@ def matrices_of(kind, num_outputs: int = NUM_OUTPUTS, num_inputs: int = NUM_INPU
     return weight, scales, values
 
 
+def product(rows, *weight) -> torch.Tensor:
+    """The product with one matrix, however small it is."""
+    weight = StreamedWeight(*(None if part is None else part[None] for part in weight))
+    return few_row_products.multiply(rows, weight, [0], [rows.shape[0]])
+
+
 def expected_products(rows, values, matrices, counts) -> torch.Tensor:
     parts = zip(matrices, rows.float().split(counts), strict=True)
     return torch.cat([part @ values[matrix].t() for matrix, part in parts])
@@ -56,10 +63,10 @@ def test_products_equal_those_of_the_values(kind, counts):
     weight, scales, values = matrices_of(kind)
     matrices = [3, 0, 4][: len(counts)]
     rows = random_values(sum(counts), NUM_INPUTS, seed=1)
-    found = few_row_products.multiply(rows, weight, scales, matrices, counts)
+    found = few_row_products.multiply(rows, StreamedWeight(weight, scales), matrices, counts)
     assert found.dtype == torch.float32
     assert largest_error(found, expected_products(rows, values, matrices, counts)) < EXACT
-    rounded = few_row_products.multiply(rows.bfloat16(), weight, scales, matrices, counts)
+    rounded = few_row_products.multiply(rows.bfloat16(), StreamedWeight(weight, scales), matrices, counts)
     assert rounded.dtype == torch.bfloat16
     expected = expected_products(rows.bfloat16(), values, matrices, counts)
     # Half a unit of the output's eight bits; int4 rounds its inputs, too, to 16 bits of the largest.
@@ -70,7 +77,7 @@ def test_products_equal_those_of_the_values(kind, counts):
 def test_widths_need_be_no_multiples_of_anything(kind):
     weight, scales, values = matrices_of(kind, num_outputs=37, num_inputs=53)
     rows = random_values(6, 53)
-    found = few_row_products.multiply(rows, weight, scales, [1], [6])
+    found = few_row_products.multiply(rows, StreamedWeight(weight, scales), [1], [6])
     assert largest_error(found, expected_products(rows, values, [1], [6])) < EXACT
 
 
@@ -78,7 +85,7 @@ def test_widths_need_be_no_multiples_of_anything(kind):
 def test_scales_of_a_model_that_was_put_into_float32(kind):
     weight, scales, values = matrices_of(kind)
     rows = random_values(2, NUM_INPUTS)
-    found = few_row_products.multiply(rows, weight[1], scales[1].float())
+    found = product(rows, weight[1], scales[1].float())
     assert largest_error(found, rows @ values[1].t()) < EXACT
 
 
@@ -88,7 +95,7 @@ def test_int4_blocks_of_32_outputs(group_size):
     weight, scales, values = matrices_of(kind)
     repacked = packing.with_block_rows(weight, packing.BLOCK_ROWS, 32)
     rows = random_values(5, NUM_INPUTS)
-    found = few_row_products.multiply(rows, repacked, scales, [2, 1], [1, 4], block_rows=32)
+    found = few_row_products.multiply(rows, StreamedWeight(repacked, scales, block_rows=32), [2, 1], [1, 4])
     assert largest_error(found, expected_products(rows, values, [2, 1], [1, 4])) < EXACT
 
 
@@ -98,7 +105,7 @@ def test_rows_that_are_not_finite_stay_so_and_harm_no_others(kind):
     for dtype in (torch.bfloat16, torch.float32):
         rows = random_values(6, NUM_INPUTS).to(dtype)
         rows[1, 7], rows[4, 0], rows[5] = float("nan"), float("inf"), 0
-        found = few_row_products.multiply(rows, weight, scales, [0, 2], [5, 1])
+        found = few_row_products.multiply(rows, StreamedWeight(weight, scales), [0, 2], [5, 1])
         assert not found[1].isfinite().any() and not found[4].isfinite().any()
         kept = [0, 2, 3]
         expected = expected_products(rows[kept], values, [0], [3])
@@ -110,7 +117,7 @@ def test_rounding_to_bfloat16_is_torchs():
     """Halves go to the even neighbour, what is too large to infinity, and what is no number stays so."""
     special = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.4e38, 1e-40, float("inf"), float("nan")]
     numbers = torch.cat((torch.tensor(special), random_values(1000)))
-    found = few_row_products.multiply(torch.ones(1, 1).bfloat16(), numbers[None, :, None])
+    found = product(torch.ones(1, 1).bfloat16(), numbers[:, None])
     torch.testing.assert_close(found[0], numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -119,7 +126,7 @@ def test_views_of_any_address_and_order():
     memory = torch.empty(weight.nbytes + 64, dtype=torch.uint8)
     shifted = memory[6 : 6 + weight.nbytes].view(torch.bfloat16).view_as(weight).copy_(weight)
     rows = random_values(NUM_INPUTS, 3).t()
-    found = few_row_products.multiply(rows, shifted, None, [1], [3])
+    found = few_row_products.multiply(rows, StreamedWeight(shifted), [1], [3])
     assert largest_error(found, expected_products(rows, values, [1], [3])) < EXACT
 
 
@@ -131,7 +138,7 @@ def test_callers_in_several_threads_at_once():
     def work(rows: torch.Tensor) -> None:
         expected = expected_products(rows, values, [0], [1])
         for _ in range(50):
-            errors.append(largest_error(few_row_products.multiply(rows, weight, scales), expected))
+            errors.append(largest_error(product(rows, weight[0], scales[0]), expected))
 
     threads = [threading.Thread(target=work, args=(rows,)) for rows in inputs]
     for thread in threads:
@@ -149,9 +156,9 @@ def test_the_number_of_threads_is_torchs_unless_there_is_little_to_read():
     try:
         for num_threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
             torch.set_num_threads(num_threads)
-            few_row_products.multiply(torch.ones(1, 4), large)
+            product(torch.ones(1, 4), large)
             assert numba.get_num_threads() == num_threads
-            few_row_products.multiply(torch.ones(1, 4), large[:100])
+            product(torch.ones(1, 4), large[:100])
             assert numba.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -160,17 +167,17 @@ def test_the_number_of_threads_is_torchs_unless_there_is_little_to_read():
 def test_when_products_are_left_to_torch():
     weight = torch.ones(1, 8, 8, dtype=torch.bfloat16)
     rows = torch.ones(2, 8, dtype=torch.bfloat16)
-    assert few_row_products.can_multiply(rows, weight, 2)
-    assert not few_row_products.can_multiply(rows, weight, few_row_products.MAX_ROWS + 1)
-    assert not few_row_products.can_multiply(rows, weight, 0)
-    assert not few_row_products.can_multiply(rows.half(), weight, 2)
-    assert not few_row_products.can_multiply(rows, weight.to("meta"), 2)
-    assert not few_row_products.can_multiply(rows[:, :4], weight, 2)
-    assert not few_row_products.can_multiply(rows.float(), weight.half(), 2)
+    assert few_row_products.can_multiply(rows, 2, StreamedWeight(weight))
+    assert not few_row_products.can_multiply(rows, few_row_products.MAX_ROWS + 1, StreamedWeight(weight))
+    assert not few_row_products.can_multiply(rows, 0, StreamedWeight(weight))
+    assert not few_row_products.can_multiply(rows.half(), 2, StreamedWeight(weight))
+    assert not few_row_products.can_multiply(rows, 2, StreamedWeight(weight.to("meta")))
+    assert not few_row_products.can_multiply(rows[:, :4], 2, StreamedWeight(weight))
+    assert not few_row_products.can_multiply(rows.float(), 2, StreamedWeight(weight.half()))
     differentiated = rows.float().requires_grad_()
-    assert not few_row_products.can_multiply(differentiated, weight, 2)
+    assert not few_row_products.can_multiply(differentiated, 2, StreamedWeight(weight))
     with torch.no_grad():
-        assert few_row_products.can_multiply(differentiated, weight, 2)
+        assert few_row_products.can_multiply(differentiated, 2, StreamedWeight(weight))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8, torch.uint8], ids=str)
@@ -243,3 +250,30 @@ def test_attention_that_products_have_to_do():
     for_all = torch.tensor([[0] * 4 + [1] * 5])
     both = [tensor.repeat(2, 1, 1, 1) for tensor in (query, key, value)]
     assert torch.equal(attend_one_token(*both, for_all, 0.25), attend_by_products(*both, for_all, 0.25))
+
+
+@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+def test_several_weights_multiply_the_same_rows_at_once(kind):
+    sizes = (192, 64, 128)
+    rows = random_values(3, 1, NUM_INPUTS)
+    weights, expected = [], []
+    for number, num_outputs in enumerate(sizes):
+        weight, scales, values = matrices_of(kind, num_outputs)
+        own_scales = None if scales is None else scales[number]
+        weights.append(StreamedWeight(weight[number], own_scales))
+        expected.append(rows @ values[number].t())
+    for found, right in zip(few_row_products.project(rows, *weights), expected, strict=True):
+        assert largest_error(found, right) < EXACT
+
+
+def test_weights_of_different_kinds_are_not_multiplied_at_once():
+    rows = random_values(1, NUM_INPUTS)
+    first, second = (
+        StreamedWeight(random_values(512, NUM_INPUTS).to(dtype)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert few_row_products.project(rows, first) is not None
+    assert few_row_products.project(rows, first, second) is None
+    assert (
+        few_row_products.project(rows, first, StreamedWeight(first.values[:, ::2].contiguous())) is None
+    )  # another width
+    assert few_row_products.project(rows, StreamedWeight(random_values(NUM_INPUTS, 512).t())) is None  # transposed

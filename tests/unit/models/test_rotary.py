@@ -6,8 +6,8 @@ from small_models import MHA, language_config
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from deepseek_vl2.models.modeling_deepseek import (
-    DeepseekV2ForCausalLM,
+from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
+from deepseek_vl2.models.rotary_positions import (
     DeepseekV2RotaryEmbedding,
     rotate_halves,
     rotate_interleaved,
