@@ -41,7 +41,7 @@ _FASTMATH = {"reassoc", "contract"}
 _intrinsic: Any = extending.intrinsic  # its own annotations count the first argument, which callers do not pass
 
 
-def _compiled(function: Callable[..., None], is_parallel: bool = True) -> Any:
+def _compiled(function: Callable[..., Any], is_parallel: bool = True) -> Any:
     """Compiles at the first call; the result is kept beside the source or in the user's cache folder."""
     options: dict[str, Any] = {"parallel": is_parallel, "nogil": True, "fastmath": _FASTMATH}
     try:

@@ -233,6 +233,14 @@ def kernels() -> ModuleType:
 
 
 @functools.cache
+def compiled_layers() -> ModuleType:
+    """`compiled_layers`, which like the kernels is not imported before it is used."""
+    from . import compiled_layers
+
+    return compiled_layers
+
+
+@functools.cache
 def _modules() -> tuple[ModuleType, ModuleType]:
     """numba and the kernels; not above, since they take as long to import as transformers' models."""
     import numba

@@ -46,6 +46,22 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :num_tokens, :] for buffer in buffers)
         return self.keys, self.values
 
+    def take_room(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Counts one more token, which the caller writes.
+
+        Args:
+            like: Something of the type of the new token.
+
+        Returns:
+            Buffers [1, H, room, head] of keys and values; None where they must not be written, or there is nothing yet.
+        """
+        num_cached = self.get_seq_length()
+        if not num_cached or self.keys.shape[0] != 1 or self.keys.dtype != like.dtype or self.keys.requires_grad:
+            return None
+        buffers = self._buffers_for(self.keys, self.values, num_cached, num_cached + 1)
+        self.keys, self.values = (buffer[..., : num_cached + 1, :] for buffer in buffers)
+        return buffers
+
     def _buffers_for(
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_cached: int, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

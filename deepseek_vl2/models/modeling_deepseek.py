@@ -5,7 +5,7 @@ For MLA: R numbers of the cached latent, P rotated numbers a head, `nope` number
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,19 +25,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from . import few_row_layers
+from . import few_row_layers, one_token
 from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
 from .few_row_products import StreamedLinear, are_few_rows, call_together, project
-from .gated_layers import GatedLayers, gated_layers, is_one_token, run_one_token
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
+from .one_token import CHOICES, FeedForward, Routing, is_one_token, is_silu
 from .parallel import CheckedSharesMixin, local_tensor
 from .rotary_positions import DeepseekV2RotaryEmbedding, rotate_halves, rotate_interleaved, yarn_score_scaling
 from .sorted_experts import StreamedExpertsInterface
-from .streamed_weights import remember, weight_of
+from .streamed_weights import StreamedWeight, is_plain, remember, weight_of
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -70,14 +70,14 @@ class DeepseekV2MLP(nn.Module):
         self.down_proj = StreamedLinear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def gated_layers(self) -> GatedLayers | None:
-        """The weights in the form that the kernels for few rows read; None if the layers do more than these say."""
-        return gated_layers(self, *map(weight_of, (self.gate_proj, self.up_proj, self.down_proj)))
+    def feed_forward(self) -> FeedForward | None:
+        """The weights as `one_token` takes them; None if the layer does more than these say."""
+        gate, up, down = map(weight_of, (self.gate_proj, self.up_proj, self.down_proj))
+        if gate is None or up is None or down is None or not is_silu(self.act_fn):
+            return None
+        return FeedForward((gate, up, down))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        together = run_one_token(hidden_states, [self], [(0,)], (1.0,))
-        if together is not None:
-            return together
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -121,6 +121,18 @@ class DeepseekV2TopkRouter(nn.Module):
         weights = weights * self.config.routed_scaling_factor
         return logits, weights, topk_indices, self._balancing_loss(scores, topk_indices, is_token)
 
+    def routing(self) -> Routing:
+        """How this router chooses, as `one_token` takes it."""
+        settings = (
+            self.top_k,
+            CHOICES.index(self.config.topk_method),
+            self.config.n_group or 1,
+            self.config.topk_group or 1,
+            int(self.config.scoring_func == "softmax"),
+            int(self.config.norm_topk_prob),
+        )
+        return Routing(settings, self.config.routed_scaling_factor, getattr(self, "e_score_correction_bias", None))
+
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         if self.config.topk_method == "greedy":
             return scores.topk(self.top_k, dim=-1, sorted=False).indices
@@ -158,13 +170,12 @@ class DeepseekV2Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def gated_layers(self) -> GatedLayers | None:
-        """The weights in the form that the kernels for few rows read; None where that is not what the user chose."""
+    def streamed_weights(self) -> tuple[StreamedWeight, StreamedWeight] | None:
+        """The weights as the kernels for few rows read them; None where that is not what the user chose."""
         if self.config._experts_implementation != "grouped_mm" or self._is_expert_parallel:
             return None
-        return gated_layers(
-            self, *(remember(self, name, getattr(self, name)) for name in ("gate_up_proj", "down_proj"))
-        )
+        gate_up, down = (remember(self, name, getattr(self, name)) for name in ("gate_up_proj", "down_proj"))
+        return gate_up, down
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -200,9 +211,6 @@ class DeepseekV2MoE(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None) -> torch.Tensor:
         _, topk_weights, topk_indices, balancing_loss = self.gate(hidden_states, is_token)
-        together = self._run_together(hidden_states, topk_indices, topk_weights)
-        if together is not None:
-            return together
         output = self.experts(hidden_states.flatten(0, 1), topk_indices.flatten(0, 1), topk_weights.flatten(0, 1))
         output = output.view_as(hidden_states)
         if self.training and balancing_loss.requires_grad:
@@ -211,20 +219,21 @@ class DeepseekV2MoE(nn.Module):
             output = output + self.shared_experts(hidden_states)
         return output
 
-    def _run_together(
-        self, hidden_states: torch.Tensor, topk_indices: torch.Tensor, topk_weights: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Runs a single token through routed and shared experts at once; None if that cannot be done."""
-        if not is_one_token(hidden_states):
+    def feed_forward(self) -> FeedForward | None:
+        """The weights as `one_token` takes them; None if some part does more than these say."""
+        experts: tuple[StreamedWeight, StreamedWeight] | None = None
+        if hasattr(type(self.experts), "streamed_weights") and is_plain(self.experts) and is_silu(self.experts.act_fn):
+            experts = self.experts.streamed_weights()
+        if experts is None or type(self.gate) is not DeepseekV2TopkRouter or not is_plain(self.gate):
             return None
-        modules: list[nn.Module] = [self.experts]
-        chosen: list[Sequence[int]] = [topk_indices.flatten().tolist()]
-        factors: list[float] = topk_weights.flatten().tolist()
+        shared: FeedForward | None = FeedForward(())
         if self.shared_experts is not None:
-            modules.append(self.shared_experts)
-            chosen.append((0,))
-            factors.append(1.0)
-        return run_one_token(hidden_states, modules, chosen, factors)
+            is_known = isinstance(self.shared_experts, DeepseekV2MLP) and is_plain(self.shared_experts)
+            shared = self.shared_experts.feed_forward() if is_known else None
+        if shared is None:
+            return None
+        router = remember(self.gate, "weight", self.gate.weight)
+        return FeedForward(shared.shared, experts, router, self.gate.routing())
 
 
 def attend(
@@ -267,6 +276,14 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         self.k_proj = StreamedLinear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = StreamedLinear(config.hidden_size, key_width, bias=config.attention_bias)
         self.o_proj = StreamedLinear(query_width, config.hidden_size, bias=config.attention_bias)
+
+    def streamed_weights(self) -> tuple[StreamedWeight, ...] | None:
+        """Weights of query, key, value and output as the kernels for few rows read them; None if they are not all."""
+        if self.config._attn_implementation != "sdpa":
+            return None
+        weights = [weight_of(layer) for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
+        known = tuple(weight for weight in weights if weight is not None)
+        return known if len(known) == len(weights) else None
 
     def forward(
         self,
@@ -463,8 +480,26 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """Hidden states [B, T, D] -> [B, T, D]; `is_token` as in the router, other keywords as in the attention."""
-        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attention_output
+        if is_one_token(hidden_states) and not self.training:
+            return self._run_one_token(hidden_states, is_token, **kwargs)
+        return self._feed_forward(self._attend(hidden_states, **kwargs), is_token)
+
+    def _run_one_token(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """The same by compiled kernels, but for what these do not do."""
+        attended = None
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("attention_mask") is None and isinstance(cache, GrowingCache):
+            layer = cache.layers[self.self_attn.layer_idx]
+            tables = kwargs["position_embeddings"]
+            attended = one_token.attend(self.input_layernorm, self.self_attn, hidden_states, layer, tables)
+        hidden_states = self._attend(hidden_states, **kwargs) if attended is None else attended
+        output = one_token.feed_forward(self.post_attention_layernorm, self.mlp, hidden_states)
+        return self._feed_forward(hidden_states, is_token) if output is None else output
+
+    def _attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+
+    def _feed_forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + (self.mlp(normed, is_token) if self.is_moe else self.mlp(normed))
 

@@ -43,6 +43,7 @@ class StreamedWeight:
         self.num_rows = values.shape[-2] if values.dim() > 1 else 1
         self.num_outputs = self.num_rows if num_outputs is None else num_outputs
         self.row_bytes = values.shape[-1] * values.itemsize
+        self.int4_block_rows = block_rows if self.is_int4 else None
         self.group_size = self.num_inputs // scales.shape[-3] if self.is_int4 and scales is not None else 0
         self.kind = (values.dtype, None if scales is None else scales.dtype, block_rows, self.group_size)
         self.is_readable = all(map(_is_readable, (values,) if scales is None else (values, scales)))

@@ -9,7 +9,6 @@ from torch import nn
 
 from .. import few_row_products
 from ..few_row_products import are_few_rows
-from ..gated_layers import GatedLayers, gated_layers
 from ..modeling_deepseek import DeepseekV2Experts
 from ..sorted_experts import SortedExperts
 from ..streamed_weights import StreamedWeight, remember
@@ -125,9 +124,10 @@ class QuantizedExperts(SortedExperts):
         values, scales = getattr(self, name), getattr(self, name + SCALES)
         return remember(self, name, values, scales, kernels.machine_block_rows(), self.shapes[name][1])
 
-    def gated_layers(self) -> GatedLayers | None:
-        """The experts in the form that the kernels for few rows read; None if they are of another kind."""
-        return gated_layers(self, *map(self.streamed_weight, EXPERT_WEIGHTS))
+    def streamed_weights(self) -> tuple[StreamedWeight, StreamedWeight]:
+        """The weights as the kernels for few rows read them."""
+        gate_up, down = map(self.streamed_weight, EXPERT_WEIGHTS)
+        return gate_up, down
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape [E, N, K] of a weight before it is quantised."""
