@@ -11,7 +11,7 @@ group of int4 weights, of which b outputs lie side by side, 32 or 64 (see `quant
 
 import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -428,7 +428,6 @@ def _rounded_rows(inputs: Any, group_size: Any) -> Any:
     return levels, group_sums, steps
 
 
-@cache
 def _int4_block(block_rows: int) -> Any:
     """What multiplies rows by a block of so many outputs."""
 
@@ -474,10 +473,32 @@ def _int4_block(block_rows: int) -> Any:
     return multiply_block
 
 
+# By name, since kernels that close over other functions are compiled in every process.
+_multiply_block_of_32, _multiply_block_of_64 = _int4_block(32), _int4_block(64)
+
+
+@njit
+def _multiply_block(
+    block_rows: Any,
+    levels: Any,
+    group_sums: Any,
+    row: Any,
+    count: Any,
+    matrix: Any,
+    block: Any,
+    scale_like: Any,
+    totals: Any,
+) -> None:
+    """That of blocks of so many outputs, see `_int4_block`."""
+    if block_rows == 64:
+        _multiply_block_of_64(levels, group_sums, row, count, matrix, block, scale_like, totals)
+    else:
+        _multiply_block_of_32(levels, group_sums, row, count, matrix, block, scale_like, totals)
+
+
 @cache
 def int4_rows_kernel(block_rows: int) -> Any:
     """As `multiply_rows`, for int4 weights in blocks of so many outputs."""
-    multiply_block = _int4_block(block_rows)
 
     @_compiled
     def multiply_int4_rows(
@@ -512,7 +533,14 @@ def int4_rows_kernel(block_rows: int) -> Any:
                 while row < end:
                     count = _ROWS_AT_ONCE if row + _ROWS_AT_ONCE <= end else 1
                     block = output // block_rows
-                    multiply_block(levels, group_sums, row, count, matrices[matrix], block, scale_like, totals)
+                    if block_rows == 64:
+                        _multiply_block_of_64(
+                            levels, group_sums, row, count, matrices[matrix], block, scale_like, totals
+                        )
+                    else:
+                        _multiply_block_of_32(
+                            levels, group_sums, row, count, matrices[matrix], block, scale_like, totals
+                        )
                     for number in range(count):
                         for i in range(block_rows):
                             outputs[place + i] = _from_float32(totals[number, i] * steps[row + number], outputs)
@@ -525,7 +553,6 @@ def int4_rows_kernel(block_rows: int) -> Any:
 @cache
 def int4_gated_kernel(block_rows: int) -> Any:
     """As `run_gated_layers`, for int4 weights in blocks of so many outputs."""
-    multiply_block = _int4_block(block_rows)
 
     @_compiled
     def run_gated_int4_layers(
@@ -561,8 +588,8 @@ def int4_gated_kernel(block_rows: int) -> Any:
                 while first >= starts[layer + 1]:
                     layer += 1
                 block = (first - starts[layer]) // block_rows
-                multiply_block(levels, group_sums, 0, 1, layers[layer, 0], block, scale_like, gates)
-                multiply_block(levels, group_sums, 0, 1, layers[layer, 1], block, scale_like, ups)
+                _multiply_block(block_rows, levels, group_sums, 0, 1, layers[layer, 0], block, scale_like, gates)
+                _multiply_block(block_rows, levels, group_sums, 0, 1, layers[layer, 1], block, scale_like, ups)
                 for i in range(block_rows):
                     activations[first + i] = _silu(gates[0, i] * steps[0]) * ups[0, i] * steps[0]
         group_size = group_sizes[1]
@@ -583,7 +610,7 @@ def int4_gated_kernel(block_rows: int) -> Any:
                 for layer in range(len(layers)):
                     first, end = starts[layer] // group_size, starts[layer + 1] // group_size
                     own_levels, own_sums = levels[:, first:end], group_sums[:, first:end]
-                    multiply_block(own_levels, own_sums, 0, 1, layers[layer, 2], block, scale_like, totals)
+                    _multiply_block(block_rows, own_levels, own_sums, 0, 1, layers[layer, 2], block, scale_like, totals)
                     for i in range(block_rows):
                         sums[i] += totals[0, i] * steps[layer]
                 for i in range(block_rows):
@@ -647,45 +674,3 @@ def attend_one_token(
                     mixed[i] += weight * _to_float32(value[i])
             for i in range(value_width):
                 outputs[row, group, head, i] = _from_float32(mixed[i] / total, outputs)
-
-
-@partial(_compiled, is_parallel=False)
-def normalize_rows(rows: Any, address: Any, like: Any, epsilon: Any, outputs: Any) -> None:
-    """Root-mean-square norm.
-
-    Args:
-        rows: [P, D] numbers (see `multiply_rows`).
-        address: Of the weight, D numbers.
-        like: See `multiply_rows`, of the same type as the rows.
-        epsilon: Added to the mean square, float32.
-        outputs: [P, D] numbers, written to.
-    """
-    width = rows.shape[1]
-    for row in range(len(rows)):
-        total = np.float32(0)
-        for i in range(width):
-            number = _to_float32(rows[row, i])
-            total += number * number
-        factor = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
-        for i in range(width):
-            # Rounded before it is multiplied by the weight, too.
-            normed = _to_float32(_from_float32(_to_float32(rows[row, i]) * factor, rows))
-            outputs[row, i] = _from_float32(normed * _load(address, i, like), outputs)
-
-
-@partial(_compiled, is_parallel=False)
-def rotate_halves(heads: Any, cosines: Any, sines: Any, outputs: Any) -> None:
-    """Rotates number i of the first half of each head with number i of the second.
-
-    Args:
-        heads: [H, D] numbers (see `multiply_rows`).
-        cosines: [D / 2] float32.
-        sines: [D / 2] float32.
-        outputs: [H, D] numbers, written to.
-    """
-    half = len(cosines)
-    for head in range(len(heads)):
-        for i in range(half):
-            first, second = _to_float32(heads[head, i]), _to_float32(heads[head, half + i])
-            outputs[head, i] = _from_float32(first * cosines[i] - second * sines[i], outputs)
-            outputs[head, half + i] = _from_float32(second * cosines[i] + first * sines[i], outputs)

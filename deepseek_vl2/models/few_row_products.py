@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .streamed_weights import NUMPY_TYPES, StreamedWeight, remember, weight_of
+from .streamed_weights import NUMPY_TYPES, StreamedWeight, remember
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ class StreamedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows [..., K] -> [..., N]."""
-        outputs = project(input, self.streamed_weight()) if are_few_rows(input) else None
-        if outputs is None:
+        output = project(input, self.streamed_weight()) if are_few_rows(input) else None
+        if output is None:
             return super().forward(input)
-        return outputs[0] if self.bias is None else outputs[0] + self.bias
+        return output if self.bias is None else output + self.bias
 
 
 def are_few_rows(inputs: torch.Tensor) -> bool:
@@ -59,44 +59,25 @@ def are_few_rows(inputs: torch.Tensor) -> bool:
     )
 
 
-def project(inputs: torch.Tensor, *weights: StreamedWeight) -> list[torch.Tensor] | None:
-    """Multiplies the same inputs by several weights.
+def project(inputs: torch.Tensor, weight: StreamedWeight) -> torch.Tensor | None:
+    """Multiplies inputs by a weight.
 
     Args:
         inputs: [..., K] in bfloat16 or float32.
-        weights: Each [N, K].
+        weight: [N, K].
 
     Returns:
-        [..., N] of each in the type of the inputs; None if they are not a few rows, not all of a kind, or small and as
-        torch takes them.
+        [..., N] in the type of the inputs; None if they are not a few rows, or the weight is small and as torch takes
+        it.
     """
-    first = weights[0]
-    num_outputs = sum([weight.num_rows for weight in weights])
-    if first.scales is None and num_outputs * first.row_bytes < MIN_LINEAR_BYTES:
+    if weight.scales is None and weight.num_rows * weight.row_bytes < MIN_LINEAR_BYTES:
         return None
     rows = inputs.reshape(-1, inputs.shape[-1])
     num_rows = rows.shape[0]
-    if not can_multiply(rows, num_rows, *weights):
+    if not can_multiply(rows, num_rows, weight):
         return None
-    places = first.places if len(weights) == 1 else np.concatenate([weight.places for weight in weights])
-    flat = _multiply(rows, first, places, [(0, num_rows)] * len(weights), num_outputs)
-    outputs, end = [], 0
-    for weight in weights:
-        start, end = end, end + num_rows * weight.num_rows
-        output = flat[start:end].reshape(*inputs.shape[:-1], weight.num_rows)
-        # Blocks of int4 weights are filled up.
-        output = output if weight.num_outputs == weight.num_rows else output[..., : weight.num_outputs]
-        outputs.append(as_tensor(output, inputs.dtype))
-    return outputs
-
-
-def call_together(inputs: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """What linear layers give for the same inputs [..., K], in one call of a kernel where that may be."""
-    outputs = None
-    if are_few_rows(inputs):
-        weights = [weight for weight in map(weight_of, layers) if weight is not None]
-        outputs = project(inputs, *weights) if len(weights) == len(layers) else None
-    return [layer(inputs) for layer in layers] if outputs is None else outputs
+    outputs = multiply(rows, weight, (0,), (num_rows,))
+    return outputs.view(*inputs.shape[:-1], weight.num_outputs)
 
 
 def multiply(
@@ -106,59 +87,38 @@ def multiply(
 
     Args:
         rows: [P, K] in bfloat16 or float32, those of one matrix beside each other.
-        weight: [E, N, K].
+        weight: [E, N, K], or [N, K] which is matrix 0.
         matrices: Numbers of the matrices that are used.
         counts: How many rows each of them multiplies.
 
     Returns:
         [P, N] in the type of the rows.
     """
-    ends = list(accumulate(counts))
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    places = weight.places[list(matrices)]
-    outputs = _multiply(rows, weight, places, spans, len(matrices) * weight.num_rows).reshape(rows.shape[0], -1)
-    return as_tensor(outputs[:, : weight.num_outputs], rows.dtype)
-
-
-def _multiply(
-    rows: torch.Tensor,
-    like: StreamedWeight,
-    places: np.ndarray,
-    spans: Sequence[tuple[int, int]],
-    num_outputs: int,
-) -> np.ndarray:
-    """Multiplies the rows of each span by the matrix at a place.
-
-    Args:
-        rows: [P, K].
-        like: A weight of the kind of the matrices.
-        places: See `StreamedWeight`.
-        spans: First row of each matrix, and the one after the last.
-        num_outputs: N of all matrices together.
-
-    Returns:
-        All outputs in a row, matrix by matrix.
-    """
-    num_threads = threads_for(num_outputs * like.row_bytes)
-    kernel = kernels().int4_rows_kernel(like.block_rows) if like.is_int4 else kernels().multiply_rows
-    if not (like.is_int4 and rows.dtype == torch.float32):
-        inputs = as_array(rows.contiguous())
-        outputs = np.empty(_num_products(places, spans), inputs.dtype)
-        run_kernel(kernel, num_threads, inputs, places, np.array(spans), *like.types, outputs)
-        return outputs
+    if not (weight.is_int4 and rows.dtype == torch.float32):
+        return _multiply(rows, weight, matrices, counts)
     # The kernel rounds inputs to 16 bits: enough for bfloat16, but not for float32. So in two parts.
     largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny)
     steps = largest / torch.iinfo(torch.int16).max
     coarse = (rows / steps).round_() * steps
-    both = as_array(torch.cat((coarse, rows - coarse)))
-    twice = np.concatenate((spans, np.array(spans) + rows.shape[0]))
-    outputs = np.empty((2, _num_products(places, spans)), both.dtype)
-    run_kernel(kernel, num_threads, both, np.concatenate((places, places)), twice, *like.types, outputs.reshape(-1))
-    return outputs.sum(axis=0)
+    both = torch.stack((coarse, rows - coarse), dim=1).flatten(0, 1)
+    outputs = _multiply(both, weight, matrices, [2 * count for count in counts])
+    return outputs.unflatten(0, (-1, 2)).sum(dim=1)
 
 
-def _num_products(places: np.ndarray, spans: Sequence[tuple[int, int]]) -> int:
-    return sum([(end - start) * num_rows for (start, end), num_rows in zip(spans, places[:, 2].tolist(), strict=True)])
+def _multiply(
+    rows: torch.Tensor, weight: StreamedWeight, matrices: Sequence[int], counts: Sequence[int]
+) -> torch.Tensor:
+    """See `multiply`; int4 weights multiply rows that are rounded to 16 bits."""
+    inputs = as_array(rows.contiguous())
+    outputs = np.empty((len(inputs), weight.num_rows), inputs.dtype)
+    ends = list(accumulate(counts))
+    spans = np.array(list(zip([0, *ends[:-1]], ends, strict=True)))
+    kernel = kernels().int4_rows_kernel(weight.block_rows) if weight.is_int4 else kernels().multiply_rows
+    num_threads = threads_for(len(matrices) * weight.num_rows * weight.row_bytes)
+    places = weight.places[list(matrices)]
+    run_kernel(kernel, num_threads, inputs, places, spans, *weight.types, outputs.reshape(-1))
+    # Blocks of int4 weights are filled up.
+    return as_tensor(outputs[:, : weight.num_outputs], rows.dtype)
 
 
 def run_kernel(kernel: Any, num_threads: int, *arguments: Any) -> None:
@@ -255,21 +215,20 @@ def can_attend(query: torch.Tensor, key: torch.Tensor) -> bool:
     return type(key) is torch.Tensor and key.device.type == "cpu" and can_run(query, key)
 
 
-def can_multiply(rows: torch.Tensor, most_rows: int, *weights: StreamedWeight) -> bool:
+def can_multiply(rows: torch.Tensor, most_rows: int, weight: StreamedWeight) -> bool:
     """Whether a product is one of few rows on the CPU, and neither differentiated nor traced by a compiler.
 
     Args:
         rows: [P, K].
         most_rows: Rows of the matrix that multiplies the most.
-        weights: What they are to be multiplied by in one call.
+        weight: What they are to be multiplied by.
     """
-    if not 0 < most_rows <= MAX_ROWS:
-        return False
-    num_inputs, kind = rows.shape[1], weights[0].kind
-    for weight in weights:
-        if not weight.is_readable or weight.num_inputs != num_inputs or weight.kind != kind:
-            return False
-    return can_run(rows, *[weight.values for weight in weights])
+    return (
+        0 < most_rows <= MAX_ROWS
+        and weight.is_readable
+        and weight.num_inputs == rows.shape[1]
+        and can_run(rows, weight.values)
+    )
 
 
 def can_run(inputs: torch.Tensor, *streamed: torch.Tensor) -> bool:

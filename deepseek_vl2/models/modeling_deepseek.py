@@ -25,19 +25,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from . import few_row_layers, one_token
+from . import one_token
 from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
-from .few_row_products import StreamedLinear, are_few_rows, call_together, project
+from .few_row_products import StreamedLinear, are_few_rows, project
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
-from .one_token import CHOICES, FeedForward, Routing, is_one_token, is_silu
+from .one_token import FeedForward, HeadAttention, LatentAttention, Routing, is_one_token, is_silu
 from .parallel import CheckedSharesMixin, local_tensor
 from .rotary_positions import DeepseekV2RotaryEmbedding, rotate_halves, rotate_interleaved, yarn_score_scaling
 from .sorted_experts import StreamedExpertsInterface
-from .streamed_weights import StreamedWeight, is_plain, remember, weight_of
+from .streamed_weights import StreamedWeight, is_plain, remember, weights_of
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -49,12 +49,6 @@ class DeepseekV2RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if are_few_rows(hidden_states):
-            output = few_row_layers.normalize(
-                hidden_states, remember(self, "weight", self.weight), self.variance_epsilon
-            )
-            if output is not None:
-                return output
         normed = hidden_states.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * normed.to(hidden_states.dtype)
@@ -72,10 +66,8 @@ class DeepseekV2MLP(nn.Module):
 
     def feed_forward(self) -> FeedForward | None:
         """The weights as `one_token` takes them; None if the layer does more than these say."""
-        gate, up, down = map(weight_of, (self.gate_proj, self.up_proj, self.down_proj))
-        if gate is None or up is None or down is None or not is_silu(self.act_fn):
-            return None
-        return FeedForward((gate, up, down))
+        weights = weights_of(self.gate_proj, self.up_proj, self.down_proj)
+        return None if weights is None or not is_silu(self.act_fn) else FeedForward(weights)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -112,7 +104,7 @@ class DeepseekV2TopkRouter(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             rows = hidden_states.float()
             streamed = project(rows, remember(self, "weight", self.weight)) if are_few_rows(rows) else None
-            logits = F.linear(rows, self.weight.float()) if streamed is None else streamed[0]
+            logits = F.linear(rows, self.weight.float()) if streamed is None else streamed
         scores = logits.softmax(dim=-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
         topk_indices = self._choose(scores)
         weights = scores.gather(-1, topk_indices)
@@ -120,18 +112,6 @@ class DeepseekV2TopkRouter(nn.Module):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         weights = weights * self.config.routed_scaling_factor
         return logits, weights, topk_indices, self._balancing_loss(scores, topk_indices, is_token)
-
-    def routing(self) -> Routing:
-        """How this router chooses, as `one_token` takes it."""
-        settings = (
-            self.top_k,
-            CHOICES.index(self.config.topk_method),
-            self.config.n_group or 1,
-            self.config.topk_group or 1,
-            int(self.config.scoring_func == "softmax"),
-            int(self.config.norm_topk_prob),
-        )
-        return Routing(settings, self.config.routed_scaling_factor, getattr(self, "e_score_correction_bias", None))
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         if self.config.topk_method == "greedy":
@@ -233,7 +213,8 @@ class DeepseekV2MoE(nn.Module):
         if shared is None:
             return None
         router = remember(self.gate, "weight", self.gate.weight)
-        return FeedForward(shared.shared, experts, router, self.gate.routing())
+        bias = getattr(self.gate, "e_score_correction_bias", None)
+        return FeedForward(shared.shared, experts, router, Routing.of(self.gate.config), bias)
 
 
 def attend(
@@ -277,13 +258,12 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         self.v_proj = StreamedLinear(config.hidden_size, key_width, bias=config.attention_bias)
         self.o_proj = StreamedLinear(query_width, config.hidden_size, bias=config.attention_bias)
 
-    def streamed_weights(self) -> tuple[StreamedWeight, ...] | None:
-        """Weights of query, key, value and output as the kernels for few rows read them; None if they are not all."""
+    def streamed_weights(self) -> HeadAttention | None:
+        """The weights as `one_token` takes them; None if some layer does more than these say."""
         if self.config._attn_implementation != "sdpa":
             return None
-        weights = [weight_of(layer) for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
-        known = tuple(weight for weight in weights if weight is not None)
-        return known if len(known) == len(weights) else None
+        weights = weights_of(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return None if weights is None else HeadAttention(*weights)
 
     def forward(
         self,
@@ -294,8 +274,8 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, head]
-            for projected in call_together(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, head]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query = rotate_halves(query, *position_embeddings)
         key = rotate_halves(key, *position_embeddings)
@@ -352,10 +332,9 @@ class DeepseekV2Attention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, compressed = self._project(hidden_states)
-        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        query = self._project_query(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        compressed = compressed[:, None]
+        compressed = self.kv_a_proj_with_mqa(hidden_states)[:, None]
         latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)  # [B, 1, T, R]
         query_rope = rotate_interleaved(query_rope, *position_embeddings)
@@ -374,12 +353,25 @@ class DeepseekV2Attention(nn.Module):
             output, weights = self._attend_expanded(query, latent, key_rope, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
-    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The query of all heads [B, T, H * (nope + P)], and latent and key for rotation [B, T, R + P]."""
-        is_query_compressed = self.config.q_lora_rank is not None
-        first = self.q_a_proj if is_query_compressed else self.q_proj
-        query, compressed = call_together(hidden_states, first, self.kv_a_proj_with_mqa)
-        return self.q_b_proj(self.q_a_layernorm(query)) if is_query_compressed else query, compressed
+    def streamed_weights(self) -> LatentAttention | None:
+        """The weights as `one_token` takes them; None if some layer does more than these say."""
+        layers = [self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
+        norms = [self.kv_a_layernorm]
+        if self.config.q_lora_rank is None:
+            weights = weights_of(self.q_proj, *layers)
+        else:
+            weights = weights_of(self.q_a_proj, *layers, self.q_b_proj)
+            norms.append(self.q_a_layernorm)
+        if weights is None or not all(map(is_plain, norms)):
+            return None
+        query, compressed, up, output, *query_up = weights
+        latent_norm, *query_norm = (remember(norm, "weight", norm.weight) for norm in norms)
+        return LatentAttention(query, compressed, latent_norm, up, output, *query_norm, *query_up)
+
+    def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
     def _is_up_projection_readable(self) -> bool:
         """Whether the layer `kv_b_proj` does no more than its weight says, which can be used in parts then.

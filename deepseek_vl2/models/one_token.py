@@ -11,7 +11,17 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from .few_row_products import are_few_rows, as_array, as_tensor, can_run, compiled_layers, run_kernel, threads_for
+from .configuration_deepseek import DeepseekV2Config
+from .few_row_products import (
+    INPUT_TYPES,
+    are_few_rows,
+    as_array,
+    as_tensor,
+    can_run,
+    compiled_layers,
+    run_kernel,
+    threads_for,
+)
 from .growing_cache import GrowingLayer
 from .streamed_weights import StreamedWeight, is_plain, remember
 
@@ -26,12 +36,23 @@ class Routing(NamedTuple):
         settings: Top k (0 without experts), number in `CHOICES`, groups, groups to choose from, and 1 or 0 for a
             softmax and for weights that are made to add up to 1.
         scaling: Factor on the weights.
-        bias: [E] for the choice, or None.
     """
 
     settings: tuple[int, int, int, int, int, int]
     scaling: float
-    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, config: DeepseekV2Config) -> "Routing":
+        """How a configuration says."""
+        settings = (
+            config.num_experts_per_tok or 0,
+            CHOICES.index(config.topk_method),
+            config.n_group or 1,
+            config.topk_group or 1,
+            int(config.scoring_func == "softmax"),
+            int(config.norm_topk_prob),
+        )
+        return cls(settings, config.routed_scaling_factor)
 
 
 class FeedForward(NamedTuple):
@@ -42,12 +63,45 @@ class FeedForward(NamedTuple):
         experts: Gate and up as one, and down, of experts; empty if there are none.
         router: Of the experts.
         routing: Also.
+        bias: [E], added to the scores by which experts are chosen; None if there is none.
     """
 
     shared: tuple[StreamedWeight, ...]
     experts: tuple[StreamedWeight, ...] = ()
     router: StreamedWeight | None = None
     routing: Routing | None = None
+    bias: torch.Tensor | None = None
+
+
+class HeadAttention(NamedTuple):
+    """Weights of multi-head attention."""
+
+    query: StreamedWeight
+    key: StreamedWeight
+    value: StreamedWeight
+    output: StreamedWeight
+
+
+class LatentAttention(NamedTuple):
+    """Weights of multi-head latent attention.
+
+    Attributes:
+        query: What makes the query, or what it is compressed to.
+        compressed: What makes the latent and the key for rotation.
+        latent_norm: Of the latent.
+        up: What would make keys and values of the latent.
+        output: The output projection.
+        query_norm: Of a compressed query.
+        query_up: What makes the query of that.
+    """
+
+    query: StreamedWeight
+    compressed: StreamedWeight
+    latent_norm: StreamedWeight
+    up: StreamedWeight
+    output: StreamedWeight
+    query_norm: StreamedWeight | None = None
+    query_up: StreamedWeight | None = None
 
 
 def is_one_token(hidden_states: torch.Tensor) -> bool:
@@ -56,20 +110,52 @@ def is_one_token(hidden_states: torch.Tensor) -> bool:
 
 
 class _AttentionPlan:
-    """What is to be known of an attention layer and its norm, as long as their weights stay where they are."""
+    """What is to be known of an attention layer, as long as its weights stay where they are."""
 
-    def __init__(self, weights: tuple[StreamedWeight, ...]) -> None:
+    def __init__(self, attention: Any, weights: HeadAttention | LatentAttention) -> None:
         self.weights = weights
-        _, query, key, value, output = weights
-        inputs = (query, key, value)
-        are_alike = all(weight.kind == query.kind for weight in inputs)
-        are_whole = all(weight.num_outputs == weight.num_rows for weight in (*inputs, output))
-        self.is_readable = are_alike and are_whole and all(weight.is_readable for weight in weights)
-        if self.is_readable:
-            self.kernel = compiled_layers().attention_kernel(query.int4_block_rows, output.int4_block_rows)
-            places = np.concatenate([weight.places for weight in inputs])
-            self.arguments = (places, *query.types, output.places, *output.types)
-            self.num_bytes = sum(weight.num_rows for weight in inputs) * query.row_bytes
+        self.known = tuple(weight for weight in weights if weight is not None)
+        if isinstance(weights, LatentAttention):
+            inputs: tuple[StreamedWeight, ...] = (weights.query, weights.compressed)
+        else:
+            inputs = (weights.query, weights.key)
+        first, output = inputs[0], weights.output
+        self.is_readable = (
+            all(weight.is_readable for weight in self.known)
+            and all(weight.kind == first.kind for weight in inputs)
+            and all(weight.num_outputs == weight.num_rows for weight in self.known)
+        )
+        if not self.is_readable:
+            return
+        self.num_bytes = sum(weight.num_rows for weight in inputs) * first.row_bytes
+        places = np.concatenate([weight.places for weight in inputs])
+        self.arguments: tuple[Any, ...] = (places, *first.types, output.places, *output.types)
+        if not isinstance(weights, LatentAttention):
+            value = weights.value
+            block_rows = [weight.int4_block_rows for weight in (first, value, output)]
+            self.kernel = compiled_layers().attention_kernel(*block_rows)
+            self.arguments += (value.places, *value.types)
+            return
+        latent_norm, up, query_norm, query_up = weights.latent_norm, weights.up, weights.query_norm, weights.query_up
+        norms = (latent_norm,) if query_norm is None else (latent_norm, query_norm)
+        self.is_readable = up.scales is None and all(norm.values.dtype in INPUT_TYPES for norm in norms)
+        query_rows = 0 if query_up is None else query_up.int4_block_rows
+        query_arguments = (None, None, None) if query_up is None else (query_up.places, *query_up.types)
+        epsilons = [attention.kv_a_layernorm.variance_epsilon, 0.0]
+        if query_norm is not None:
+            epsilons[1] = attention.q_a_layernorm.variance_epsilon
+        self.kernel = compiled_layers().latent_attention_kernel(
+            first.int4_block_rows, query_rows, output.int4_block_rows
+        )
+        num_heads = up.num_rows // (attention.qk_nope_head_dim + attention.v_head_dim)
+        self.arguments += (
+            *query_arguments,
+            (latent_norm.addresses[0], 0 if query_norm is None else query_norm.addresses[0]),
+            np.array(epsilons, np.float32),
+            up.addresses[0],
+            up.types[0],
+            (num_heads, attention.qk_nope_head_dim, attention.v_head_dim),
+        )
 
 
 def attend(
@@ -79,11 +165,11 @@ def attend(
     cache_layer: Any,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor | None:
-    """Multi-head attention of one token, with its norm and residual path; the cache takes the token in.
+    """Attention of one token, with its norm and residual path; the cache takes the token in.
 
     Args:
         norm: `DeepseekV2RMSNorm`.
-        attention: `DeepseekV2MultiHeadAttention`.
+        attention: `DeepseekV2MultiHeadAttention` or `DeepseekV2Attention`.
         hidden_states: [1, 1, D].
         cache_layer: What holds the keys and values of earlier tokens.
         position_embeddings: Cosines and sines, each [1, 1, head / 2].
@@ -91,14 +177,14 @@ def attend(
     Returns:
         [1, 1, D]; None if the layers have to be called.
     """
-    own_weights = _of_plain(attention, "streamed_weights") if is_plain(norm) else None
-    if own_weights is None or type(cache_layer) is not GrowingLayer:
+    weights = _of_plain(attention, "streamed_weights") if is_plain(norm) else None
+    if weights is None or type(cache_layer) is not GrowingLayer:
         return None
-    weights = (remember(norm, "weight", norm.weight), *own_weights)
     plan: _AttentionPlan | None = vars(attention).get("_one_token")
     if plan is None or plan.weights != weights:
-        plan = vars(attention)["_one_token"] = _AttentionPlan(weights)
-    if not plan.is_readable or not _can_run(hidden_states, weights):
+        plan = vars(attention)["_one_token"] = _AttentionPlan(attention, weights)
+    norm_weight = remember(norm, "weight", norm.weight)
+    if not plan.is_readable or not _can_run(hidden_states, (norm_weight, *plan.known)):
         return None
     buffers = cache_layer.take_room(hidden_states)
     if buffers is None:
@@ -109,7 +195,7 @@ def attend(
         plan.kernel,
         threads_for(plan.num_bytes),
         row,
-        weights[0].addresses[0],
+        norm_weight.addresses[0],
         np.float32(norm.variance_epsilon),
         *plan.arguments,
         *(table.numpy()[0, 0] for table in position_embeddings),
@@ -122,7 +208,7 @@ def attend(
 
 
 class _FeedForwardPlan:
-    """The same of a feed-forward layer and its norm."""
+    """What is to be known of a feed-forward layer, as long as its weights stay where they are."""
 
     def __init__(self, layers: FeedForward) -> None:
         self.layers = layers
@@ -145,7 +231,7 @@ class _FeedForwardPlan:
         if not self.is_readable:
             return
         self.kernel = compiled_layers().feed_forward_kernel(first.int4_block_rows)
-        routing = layers.routing or Routing((0, 0, 1, 1, 1, 0), 1.0, None)
+        routing = layers.routing or Routing((0, 0, 1, 1, 1, 0), 1.0)
         router = layers.router or first
         none = np.empty((0, 3, 4), np.int64)
         experts, shared = none, none
@@ -177,13 +263,13 @@ def feed_forward(norm: Any, mlp: Any, hidden_states: torch.Tensor) -> torch.Tens
     if layers is None:
         return None
     plan: _FeedForwardPlan | None = vars(mlp).get("_one_token")
-    if plan is None or plan.layers != layers:
+    if plan is None or plan.layers[:4] != layers[:4]:  # whatever the bias
         plan = vars(mlp)["_one_token"] = _FeedForwardPlan(layers)
     norm_weight = remember(norm, "weight", norm.weight)
     router = () if layers.router is None else (layers.router,)
     if not plan.is_readable or not _can_run(hidden_states, (norm_weight, *router, *layers.experts, *layers.shared)):
         return None
-    bias = None if layers.routing is None or layers.routing.bias is None else layers.routing.bias.numpy()
+    bias = None if layers.bias is None else layers.bias.float().numpy()
     settings, scaling = plan.routing
     row = as_array(hidden_states).reshape(-1)
     outputs = np.empty(row.shape, row.dtype)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from . import few_row_layers
 from .configuration_deepseek import DeepseekV2Config
 
 # Those of transformers whose frequencies do not depend on the length of the prompt.
@@ -72,9 +71,6 @@ def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates number i of the first half with number i of the second, as multi-head attention does."""
-    rotated = few_row_layers.rotate_halves(x, cos, sin)
-    if rotated is not None:
-        return rotated
     first, second = x.float().chunk(2, dim=-1)
     return _rotate(first, second, cos, sin).to(x.dtype)
 

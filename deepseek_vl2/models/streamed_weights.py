@@ -43,7 +43,7 @@ class StreamedWeight:
         self.num_rows = values.shape[-2] if values.dim() > 1 else 1
         self.num_outputs = self.num_rows if num_outputs is None else num_outputs
         self.row_bytes = values.shape[-1] * values.itemsize
-        self.int4_block_rows = block_rows if self.is_int4 else None
+        self.int4_block_rows = block_rows if self.is_int4 else 0
         self.group_size = self.num_inputs // scales.shape[-3] if self.is_int4 and scales is not None else 0
         self.kind = (values.dtype, None if scales is None else scales.dtype, block_rows, self.group_size)
         self.is_readable = all(map(_is_readable, (values,) if scales is None else (values, scales)))
@@ -116,8 +116,13 @@ def is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def weight_of(layer: nn.Module) -> StreamedWeight | None:
-    """The weight of a linear layer in the form that the kernels read; None if calling the layer does more."""
-    # By the class: an adapter around a layer may pass on what it does not know.
-    get = getattr(type(layer), "streamed_weight", None)
-    return get(layer) if get and layer.bias is None and is_plain(layer) else None
+def weights_of(*layers: nn.Module) -> tuple[StreamedWeight, ...] | None:
+    """The weights of linear layers in the form that the kernels read; None if calling some layer does more."""
+    weights: list[StreamedWeight] = []
+    for layer in layers:
+        # By the class: an adapter around a layer may pass on what it does not know.
+        streamed_weight = getattr(type(layer), "streamed_weight", None)
+        if streamed_weight is None or layer.bias is not None or not is_plain(layer):
+            return None
+        weights.append(streamed_weight(layer))
+    return tuple(weights)

@@ -51,11 +51,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs [..., K] -> [..., N]."""
         refuse_training(self, inputs)
-        few = few_row_products.project(inputs, self.streamed_weight()) if are_few_rows(inputs) else None
-        if few is None:
+        output = few_row_products.project(inputs, self.streamed_weight()) if are_few_rows(inputs) else None
+        if output is None:
             output = kernels.linear(inputs, self.weight, self.weight_scales, self.weight_format, self.out_features)
-        else:
-            output = few[0]
         return output if self.bias is None else output + self.bias
 
     def streamed_weight(self) -> StreamedWeight:

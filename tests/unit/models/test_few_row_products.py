@@ -252,28 +252,9 @@ def test_attention_that_products_have_to_do():
     assert torch.equal(attend_one_token(*both, for_all, 0.25), attend_by_products(*both, for_all, 0.25))
 
 
-@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
-def test_several_weights_multiply_the_same_rows_at_once(kind):
-    sizes = (192, 64, 128)
-    rows = random_values(3, 1, NUM_INPUTS)
-    weights, expected = [], []
-    for number, num_outputs in enumerate(sizes):
-        weight, scales, values = matrices_of(kind, num_outputs)
-        own_scales = None if scales is None else scales[number]
-        weights.append(StreamedWeight(weight[number], own_scales))
-        expected.append(rows @ values[number].t())
-    for found, right in zip(few_row_products.project(rows, *weights), expected, strict=True):
-        assert largest_error(found, right) < EXACT
-
-
-def test_weights_of_different_kinds_are_not_multiplied_at_once():
-    rows = random_values(1, NUM_INPUTS)
-    first, second = (
-        StreamedWeight(random_values(512, NUM_INPUTS).to(dtype)) for dtype in (torch.float32, torch.bfloat16)
-    )
-    assert few_row_products.project(rows, first) is not None
-    assert few_row_products.project(rows, first, second) is None
-    assert (
-        few_row_products.project(rows, first, StreamedWeight(first.values[:, ::2].contiguous())) is None
-    )  # another width
-    assert few_row_products.project(rows, StreamedWeight(random_values(NUM_INPUTS, 512).t())) is None  # transposed
+def test_weights_that_do_not_lie_as_the_kernels_read_them():
+    rows, weight = random_values(1, NUM_INPUTS), random_values(512, NUM_INPUTS)
+    assert few_row_products.project(rows, StreamedWeight(weight)) is not None
+    assert few_row_products.project(rows, StreamedWeight(weight[:, ::2].contiguous())) is None  # another width
+    assert few_row_products.project(rows, StreamedWeight(random_values(NUM_INPUTS, 512).t())) is None
+    assert few_row_products.project(rows, StreamedWeight(weight[::2])) is None
