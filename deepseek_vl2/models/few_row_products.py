@@ -130,6 +130,16 @@ def run_kernel(kernel: Any, num_threads: int, *arguments: Any) -> None:
         kernel(num_threads, *arguments)
 
 
+def try_kernel(kernel: Any, num_threads: int, *arguments: Any) -> bool:
+    """As `run_kernel`; whether it could be compiled, which happens at the first call. The log says why not."""
+    try:
+        run_kernel(kernel, num_threads, *arguments)
+    except (_modules()[0].core.errors.NumbaError, RuntimeError) as error:
+        logger.warning("Answers take longer on this CPU: decoder layers are not compiled: %s", error)
+        return False
+    return True
+
+
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scaling: float
 ) -> torch.Tensor | None:

@@ -62,6 +62,10 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., : num_cached + 1, :] for buffer in buffers)
         return buffers
 
+    def give_room_back(self) -> None:
+        """Counts the last token no more, since it was not written."""
+        self.keys, self.values = self.keys[..., :-1, :], self.values[..., :-1, :]
+
     def _buffers_for(
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_cached: int, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

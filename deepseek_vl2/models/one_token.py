@@ -13,17 +13,16 @@ from transformers.activations import SiLUActivation
 
 from .configuration_deepseek import DeepseekV2Config
 from .few_row_products import (
-    INPUT_TYPES,
     are_few_rows,
     as_array,
     as_tensor,
     can_run,
     compiled_layers,
-    run_kernel,
     threads_for,
+    try_kernel,
 )
 from .growing_cache import GrowingLayer
-from .streamed_weights import StreamedWeight, is_plain, remember
+from .streamed_weights import NotCopied, StreamedWeight, is_plain, remember
 
 # What a configuration calls `topk_method`, by the numbers that the kernels have for them.
 CHOICES = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -109,7 +108,7 @@ def is_one_token(hidden_states: torch.Tensor) -> bool:
     return are_few_rows(hidden_states) and hidden_states.numel() == hidden_states.shape[-1]
 
 
-class _AttentionPlan:
+class _AttentionPlan(NotCopied):
     """What is to be known of an attention layer, as long as its weights stay where they are."""
 
     def __init__(self, attention: Any, weights: HeadAttention | LatentAttention) -> None:
@@ -127,6 +126,7 @@ class _AttentionPlan:
         )
         if not self.is_readable:
             return
+        self.norm_types: tuple[torch.dtype, ...] = ()
         self.num_bytes = sum(weight.num_rows for weight in inputs) * first.row_bytes
         places = np.concatenate([weight.places for weight in inputs])
         self.arguments: tuple[Any, ...] = (places, *first.types, output.places, *output.types)
@@ -138,7 +138,8 @@ class _AttentionPlan:
             return
         latent_norm, up, query_norm, query_up = weights.latent_norm, weights.up, weights.query_norm, weights.query_up
         norms = (latent_norm,) if query_norm is None else (latent_norm, query_norm)
-        self.is_readable = up.scales is None and all(norm.values.dtype in INPUT_TYPES for norm in norms)
+        self.norm_types = tuple(norm.values.dtype for norm in norms)
+        self.is_readable = up.scales is None
         query_rows = 0 if query_up is None else query_up.int4_block_rows
         query_arguments = (None, None, None) if query_up is None else (query_up.places, *query_up.types)
         epsilons = [attention.kv_a_layernorm.variance_epsilon, 0.0]
@@ -186,12 +187,14 @@ def attend(
     norm_weight = remember(norm, "weight", norm.weight)
     if not plan.is_readable or not _can_run(hidden_states, (norm_weight, *plan.known)):
         return None
+    if any(dtype != hidden_states.dtype for dtype in plan.norm_types):
+        return None
     buffers = cache_layer.take_room(hidden_states)
     if buffers is None:
         return None
     row = as_array(hidden_states).reshape(-1)
     outputs = np.empty(row.shape, row.dtype)
-    run_kernel(
+    plan.is_readable = try_kernel(
         plan.kernel,
         threads_for(plan.num_bytes),
         row,
@@ -204,10 +207,13 @@ def attend(
         np.float32(attention.scaling),
         outputs,
     )
+    if not plan.is_readable:
+        cache_layer.give_room_back()
+        return None
     return as_tensor(outputs.reshape(hidden_states.shape), hidden_states.dtype)
 
 
-class _FeedForwardPlan:
+class _FeedForwardPlan(NotCopied):
     """What is to be known of a feed-forward layer, as long as its weights stay where they are."""
 
     def __init__(self, layers: FeedForward) -> None:
@@ -273,7 +279,7 @@ def feed_forward(norm: Any, mlp: Any, hidden_states: torch.Tensor) -> torch.Tens
     settings, scaling = plan.routing
     row = as_array(hidden_states).reshape(-1)
     outputs = np.empty(row.shape, row.dtype)
-    run_kernel(
+    plan.is_readable = try_kernel(
         plan.kernel,
         threads_for(plan.num_bytes),
         row,
@@ -286,6 +292,8 @@ def feed_forward(norm: Any, mlp: Any, hidden_states: torch.Tensor) -> torch.Tens
         *plan.layer_arguments,
         outputs,
     )
+    if not plan.is_readable:
+        return None
     return as_tensor(outputs.reshape(hidden_states.shape), hidden_states.dtype)
 
 

@@ -13,7 +13,14 @@ NUMPY_TYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8:
 _LIKE = {dtype: np.empty(0, numpy_type) for dtype, numpy_type in NUMPY_TYPES.items()}
 
 
-class StreamedWeight:
+class NotCopied:
+    """What is true of one place in memory: copied or saved with its module it becomes None, and is found out anew."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+class StreamedWeight(NotCopied):
     """A weight [N, K] of a linear layer, those of experts [E, N, K], or [K] of a norm, as the kernels read it.
 
     Args:
