@@ -32,8 +32,8 @@ from .compiled_kernels import (
 # apart what was compiled with other kernels.
 _STAMP = zlib.crc32(Path(compiled_kernels.__file__).read_bytes())
 
-
 _TAKEN = np.float32(-np.inf)
+_FORBIDDEN = np.finfo(np.float32).min  # before those that are taken, where more are asked for than may be
 # By name, see `compiled_kernels`.
 _multiply_int4_rows_32, _multiply_int4_rows_64 = int4_rows_kernel(32), int4_rows_kernel(64)
 _run_gated_int4_32, _run_gated_int4_64 = int4_gated_kernel(32), int4_gated_kernel(64)
@@ -470,7 +470,7 @@ def _choose_experts(logits: Any, bias: Any, settings: Any, scaling: Any) -> Any:
             group_marks[_largest(group_marks)] = _TAKEN
         for expert in range(num_experts):
             if group_marks[expert // size] != _TAKEN:
-                marks[expert] = np.float32(0) if choice == 1 else _TAKEN
+                marks[expert] = np.float32(0) if choice == 1 else _FORBIDDEN
     chosen = np.empty(top_k, np.int64)
     weights = np.empty(top_k, np.float32)
     total = np.float32(1e-20)

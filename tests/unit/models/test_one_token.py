@@ -19,7 +19,12 @@ ATTENTIONS = {
     "mha": MHA,
     "mha_shared_keys": {**MHA, "num_key_value_heads": 2},
 }
-EACH_ROUTER = {**ROUTERS, "normalised": {"norm_topk_prob": True}, "one": {"num_experts_per_tok": 1}}
+EACH_ROUTER = {
+    **ROUTERS,
+    "normalised": {"norm_topk_prob": True},
+    "one": {"num_experts_per_tok": 1},
+    "all": {"num_experts_per_tok": 12},
+}
 # Those of a model that has int4 weights in whole blocks.
 WIDTHS = {
     "hidden_size": 128,
