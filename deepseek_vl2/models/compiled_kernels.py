@@ -188,7 +188,7 @@ def multiply_rows(
         num_threads: How many threads there are.
         inputs: [P, K], here and below numbers are float32 or the bits of bfloat16 as uint16.
         matrices: [S, 4] int64: addresses of a matrix and of its scales, N, and N' of int4 scales (see
-            `few_row_products.StreamedWeight.places`).
+            `streamed_weights.StreamedWeight`).
         spans: [S, 2] int64; matrix s multiplies the rows from `spans[s, 0]` up to `spans[s, 1]`.
         weight_like: An array of the type of the weights, numbers or int8; only the type counts.
         scale_like: The same of scales; None if there are none.
@@ -533,14 +533,8 @@ def int4_rows_kernel(block_rows: int) -> Any:
                 while row < end:
                     count = _ROWS_AT_ONCE if row + _ROWS_AT_ONCE <= end else 1
                     block = output // block_rows
-                    if block_rows == 64:
-                        _multiply_block_of_64(
-                            levels, group_sums, row, count, matrices[matrix], block, scale_like, totals
-                        )
-                    else:
-                        _multiply_block_of_32(
-                            levels, group_sums, row, count, matrices[matrix], block, scale_like, totals
-                        )
+                    current = matrices[matrix]
+                    _multiply_block(block_rows, levels, group_sums, row, count, current, block, scale_like, totals)
                     for number in range(count):
                         for i in range(block_rows):
                             outputs[place + i] = _from_float32(totals[number, i] * steps[row + number], outputs)

@@ -241,18 +241,17 @@ def can_multiply(rows: torch.Tensor, most_rows: int, weight: StreamedWeight) -> 
     )
 
 
-def can_run(inputs: torch.Tensor, *streamed: torch.Tensor) -> bool:
+def can_run(inputs: torch.Tensor, first: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether kernels may run on inputs, and weights or a cache on the CPU, that no gradient is asked of."""
-    weight_type = streamed[0].dtype if streamed else inputs.dtype
     return (
         type(inputs) is torch.Tensor
         and inputs.device.type == "cpu"
         and inputs.dtype in INPUT_TYPES
-        and weight_type in NUMPY_TYPES
-        and not (torch.is_grad_enabled() and any(numbers.requires_grad for numbers in (inputs, *streamed)))
+        and first.dtype in NUMPY_TYPES
+        and not (torch.is_grad_enabled() and any(numbers.requires_grad for numbers in (inputs, first, *others)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and is_supported(weight_type)
+        and is_supported(first.dtype)
     )
 
 

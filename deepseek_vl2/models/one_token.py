@@ -192,25 +192,20 @@ def attend(
     buffers = cache_layer.take_room(hidden_states)
     if buffers is None:
         return None
-    row = as_array(hidden_states).reshape(-1)
-    outputs = np.empty(row.shape, row.dtype)
-    plan.is_readable = try_kernel(
-        plan.kernel,
-        threads_for(plan.num_bytes),
-        row,
-        norm_weight.addresses[0],
-        np.float32(norm.variance_epsilon),
+    output = _run(
+        plan,
+        norm,
+        norm_weight,
+        hidden_states,
         *plan.arguments,
         *(table.numpy()[0, 0] for table in position_embeddings),
         *map(as_array, buffers),
         cache_layer.get_seq_length() - 1,
         np.float32(attention.scaling),
-        outputs,
     )
-    if not plan.is_readable:
+    if output is None:
         cache_layer.give_room_back()
-        return None
-    return as_tensor(outputs.reshape(hidden_states.shape), hidden_states.dtype)
+    return output
 
 
 class _FeedForwardPlan(NotCopied):
@@ -277,24 +272,23 @@ def feed_forward(norm: Any, mlp: Any, hidden_states: torch.Tensor) -> torch.Tens
         return None
     bias = None if layers.bias is None else layers.bias.float().numpy()
     settings, scaling = plan.routing
+    arguments = (*plan.router, bias, settings, scaling, *plan.layer_arguments)
+    return _run(plan, norm, norm_weight, hidden_states, *arguments)
+
+
+def _run(
+    plan: _AttentionPlan | _FeedForwardPlan,
+    norm: Any,
+    norm_weight: StreamedWeight,
+    hidden_states: torch.Tensor,
+    *arguments: Any,
+) -> torch.Tensor | None:
+    """Calls the kernel of a plan; None if it cannot be compiled, after which the plan is not tried again."""
     row = as_array(hidden_states).reshape(-1)
     outputs = np.empty(row.shape, row.dtype)
-    plan.is_readable = try_kernel(
-        plan.kernel,
-        threads_for(plan.num_bytes),
-        row,
-        norm_weight.addresses[0],
-        np.float32(norm.variance_epsilon),
-        *plan.router,
-        bias,
-        settings,
-        scaling,
-        *plan.layer_arguments,
-        outputs,
-    )
-    if not plan.is_readable:
-        return None
-    return as_tensor(outputs.reshape(hidden_states.shape), hidden_states.dtype)
+    inputs = (row, norm_weight.addresses[0], np.float32(norm.variance_epsilon))
+    plan.is_readable = try_kernel(plan.kernel, threads_for(plan.num_bytes), *inputs, *arguments, outputs)
+    return as_tensor(outputs.reshape(hidden_states.shape), hidden_states.dtype) if plan.is_readable else None
 
 
 def _of_plain(module: nn.Module, name: str) -> Any:
