@@ -112,7 +112,7 @@ def decoding_kernels(device: torch.device) -> dict[str, str]:
     """Who multiplies a few rows by many weights: `value` and `reason`."""
     if device.type != "cpu":
         return {"value": "torch", "reason": f"on {device.type} its products are fast for few rows, too"}
-    if few_row_products.is_supported(torch.bfloat16):
+    if few_row_products.is_supported(torch.bfloat16, torch.bfloat16):
         return {"value": "compiled", "reason": "numba runs here: a token waits for reading the weights only"}
     return {"value": "torch", "reason": "numba does not run here, see the log; with it answers are faster"}
 

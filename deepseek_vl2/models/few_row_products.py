@@ -22,14 +22,15 @@ logger = logging.getLogger(__name__)
 
 # Up to so many rows of one matrix: with more, its weights are in the processor's caches for most of the time, where
 # torch's products, which use instructions for matrices, are faster.
-MAX_ROWS = 4
+MAX_ROWS = 8
 INPUT_TYPES = (torch.float32, torch.bfloat16)
 # So many bytes of weights are read by one thread; for fewer another one costs more than it brings, and much more where
 # other programs keep it waiting.
 BYTES_A_THREAD = 2**17
 # Weights of fewer bytes are in a cache, where torch's product takes less time than the way to the kernel.
 MIN_LINEAR_BYTES = 2**18
-_TOLERANCE = 1e-5  # of the largest output: sums are formed in another order
+# Of the largest output: sums are formed in another order, and rounded to eight bits in bfloat16.
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 # One caller at a time: not all of numba's pools of threads stand two.
 _lock = threading.Lock()
 
@@ -49,12 +50,12 @@ class StreamedLinear(nn.Linear):
         return output if self.bias is None else output + self.bias
 
 
-def are_few_rows(inputs: torch.Tensor) -> bool:
-    """Whether inputs [..., K] are a few rows on the CPU that no compiler traces."""
+def are_few_rows(inputs: torch.Tensor, most_rows: int = MAX_ROWS) -> bool:
+    """Whether inputs [..., K] are no more rows than so many, on the CPU, and no compiler traces them."""
     return (
         type(inputs) is torch.Tensor
         and not torch.compiler.is_compiling()
-        and 0 < inputs.numel() <= MAX_ROWS * inputs.shape[-1]
+        and 0 < inputs.numel() <= most_rows * inputs.shape[-1]
         and inputs.device.type == "cpu"
     )
 
@@ -162,10 +163,14 @@ def attend(
     batch_size, num_heads = query.shape[:2]
     queries = as_array(query.contiguous()).reshape(batch_size, key.shape[1], -1, query.shape[3])
     outputs = np.empty((*queries.shape[:3], value.shape[3]), queries.dtype)
-    shown = None if visible is None else visible.bool().numpy()
-    arguments = (queries, keys, values, key.shape[2], shown, np.float32(scaling), outputs)
+    arguments = (queries, keys, values, key.shape[2], as_visible(visible), np.float32(scaling), outputs)
     run_kernel(kernels().attend_one_token, threads_for(key.nbytes + value.nbytes), *arguments)
     return as_tensor(outputs, query.dtype).view(batch_size, 1, num_heads, -1)
+
+
+def as_visible(visible: torch.Tensor | None) -> np.ndarray:
+    """What tokens may be seen [B, K] as the kernels take it: bool, and [0, 0] for all."""
+    return np.empty((0, 0), np.bool_) if visible is None else visible.bool().contiguous().numpy()
 
 
 def _with_room(cached: torch.Tensor) -> np.ndarray | None:
@@ -198,16 +203,8 @@ def threads_for(num_bytes: int) -> int:
 
 
 def kernels() -> ModuleType:
-    """`compiled_kernels`."""
+    """The kernels, `compiled`."""
     return _modules()[1]
-
-
-@functools.cache
-def compiled_layers() -> ModuleType:
-    """`compiled_layers`, which like the kernels is not imported before it is used."""
-    from . import compiled_layers
-
-    return compiled_layers
 
 
 @functools.cache
@@ -215,9 +212,9 @@ def _modules() -> tuple[ModuleType, ModuleType]:
     """numba and the kernels; not above, since they take as long to import as transformers' models."""
     import numba
 
-    from . import compiled_kernels
+    from . import compiled
 
-    return numba, compiled_kernels
+    return numba, compiled
 
 
 def can_attend(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -251,15 +248,16 @@ def can_run(inputs: torch.Tensor, first: torch.Tensor, *others: torch.Tensor) ->
         and not (torch.is_grad_enabled() and any(numbers.requires_grad for numbers in (inputs, first, *others)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and is_supported(first.dtype)
+        and is_supported(inputs.dtype, first.dtype)
     )
 
 
 @functools.cache
-def is_supported(weight_type: torch.dtype) -> bool:
-    """Whether products with weights of a type work here; the log says why not.
+def is_supported(input_type: torch.dtype, weight_type: torch.dtype) -> bool:
+    """Whether products of inputs with weights of these types work here; the log says why not.
 
     Args:
+        input_type: One of `INPUT_TYPES`.
         weight_type: float32, bfloat16, int8, or uint8 for int4.
     """
     try:
@@ -267,17 +265,18 @@ def is_supported(weight_type: torch.dtype) -> bool:
     except ImportError as error:
         logger.warning("Answers take longer on this CPU: numba, which compiles products for it, fails: %s", error)
         return False
+    kinds = f"{input_type} by {weight_type}"
     try:
-        is_right = _is_right(weight_type)
+        is_right = _is_right(input_type, weight_type)
     except (numba.core.errors.NumbaError, RuntimeError) as error:
-        logger.warning("Answers take longer on this CPU: products are not compiled for %s: %s", weight_type, error)
+        logger.warning("Answers take longer on this CPU: products of %s are not compiled: %s", kinds, error)
         return False
     if not is_right:
-        logger.warning("Answers take longer on this CPU: compiled products with %s weights are wrong", weight_type)
+        logger.warning("Answers take longer on this CPU: compiled products of %s are wrong", kinds)
     return is_right
 
 
-def _is_right(weight_type: torch.dtype) -> bool:
+def _is_right(input_type: torch.dtype, weight_type: torch.dtype) -> bool:
     # Not above: that package uses this module.
     from .quantization import packing
     from .quantization.config import WeightFormat
@@ -285,7 +284,7 @@ def _is_right(weight_type: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"), torch.inference_mode():
         values = torch.randn(2, 2 * packing.BLOCK_ROWS, 192, generator=generator)
-        rows = torch.randn(MAX_ROWS + 2, 192, generator=generator)
+        rows = torch.randn(MAX_ROWS + 2, 192, generator=generator).to(input_type)
         if weight_type.is_floating_point:
             weight, scales = values.to(weight_type), None
             exact = weight.float()
@@ -297,5 +296,5 @@ def _is_right(weight_type: torch.dtype) -> bool:
                 packing.quantize_into(values[matrix], weight[matrix], scales[matrix], weight_format)
                 exact[matrix] = packing.dequantize(weight[matrix], scales[matrix], weight_format, values.shape[1])
         found = multiply(rows, StreamedWeight(weight, scales), (1, 0), (1, MAX_ROWS + 1))
-        expected = torch.cat((rows[:1] @ exact[1].t(), rows[1:] @ exact[0].t()))
-        return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+        expected = torch.cat((rows[:1].float() @ exact[1].t(), rows[1:].float() @ exact[0].t()))
+        return bool((found.float() - expected).abs().max() <= _TOLERANCES[input_type] * expected.abs().max())

@@ -47,16 +47,18 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def take_room(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Counts one more token, which the caller writes.
+        """Counts one more token a row, which the caller writes.
 
         Args:
-            like: Something of the type of the new token.
+            like: Something [B, ...] of the type of the new tokens.
 
         Returns:
-            Buffers [1, H, room, head] of keys and values; None where they must not be written, or there is nothing yet.
+            Buffers [B, H, room, head] of keys and values; None where they must not be written, or there is nothing yet.
         """
         num_cached = self.get_seq_length()
-        if not num_cached or self.keys.shape[0] != 1 or self.keys.dtype != like.dtype or self.keys.requires_grad:
+        if not num_cached or self.keys.dtype != like.dtype or self.keys.requires_grad:
+            return None
+        if self.keys.shape[0] != like.shape[0]:
             return None
         buffers = self._buffers_for(self.keys, self.values, num_cached, num_cached + 1)
         self.keys, self.values = (buffer[..., : num_cached + 1, :] for buffer in buffers)

@@ -25,15 +25,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from . import one_token
+from . import few_tokens
 from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
 from .few_row_products import StreamedLinear, are_few_rows, project
+from .few_tokens import FeedForward, HeadAttention, LatentAttention, Routing, are_few_tokens, is_silu
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
-from .one_token import FeedForward, HeadAttention, LatentAttention, Routing, is_one_token, is_silu
 from .parallel import CheckedSharesMixin, local_tensor
 from .rotary_positions import DeepseekV2RotaryEmbedding, rotate_halves, rotate_interleaved, yarn_score_scaling
 from .sorted_experts import StreamedExpertsInterface
@@ -65,7 +65,7 @@ class DeepseekV2MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def feed_forward(self) -> FeedForward | None:
-        """The weights as `one_token` takes them; None if the layer does more than these say."""
+        """The weights as `few_tokens` takes them; None if the layer does more than these say."""
         weights = weights_of(self.gate_proj, self.up_proj, self.down_proj)
         return None if weights is None or not is_silu(self.act_fn) else FeedForward(weights)
 
@@ -200,7 +200,7 @@ class DeepseekV2MoE(nn.Module):
         return output
 
     def feed_forward(self) -> FeedForward | None:
-        """The weights as `one_token` takes them; None if some part does more than these say."""
+        """The weights as `few_tokens` takes them; None if some part does more than these say."""
         experts: tuple[StreamedWeight, StreamedWeight] | None = None
         if hasattr(type(self.experts), "streamed_weights") and is_plain(self.experts) and is_silu(self.experts.act_fn):
             experts = self.experts.streamed_weights()
@@ -259,7 +259,7 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         self.o_proj = StreamedLinear(query_width, config.hidden_size, bias=config.attention_bias)
 
     def streamed_weights(self) -> HeadAttention | None:
-        """The weights as `one_token` takes them; None if some layer does more than these say."""
+        """The weights as `few_tokens` takes them; None if some layer does more than these say."""
         if self.config._attn_implementation != "sdpa":
             return None
         weights = weights_of(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
@@ -354,7 +354,7 @@ class DeepseekV2Attention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def streamed_weights(self) -> LatentAttention | None:
-        """The weights as `one_token` takes them; None if some layer does more than these say."""
+        """The weights as `few_tokens` takes them; None if some layer does more than these say."""
         layers = [self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj]
         norms = [self.kv_a_layernorm]
         if self.config.q_lora_rank is None:
@@ -472,20 +472,22 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """Hidden states [B, T, D] -> [B, T, D]; `is_token` as in the router, other keywords as in the attention."""
-        if is_one_token(hidden_states) and not self.training:
-            return self._run_one_token(hidden_states, is_token, **kwargs)
+        if are_few_tokens(hidden_states) and not self.training:
+            return self._run_few_tokens(hidden_states, is_token, **kwargs)
         return self._feed_forward(self._attend(hidden_states, **kwargs), is_token)
 
-    def _run_one_token(self, hidden_states: torch.Tensor, is_token: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def _run_few_tokens(
+        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None, **kwargs: Any
+    ) -> torch.Tensor:
         """The same by compiled kernels, but for what these do not do."""
         attended = None
         cache = kwargs.get("past_key_values")
-        if kwargs.get("attention_mask") is None and isinstance(cache, GrowingCache):
+        if isinstance(cache, GrowingCache):
             layer = cache.layers[self.self_attn.layer_idx]
-            tables = kwargs["position_embeddings"]
-            attended = one_token.attend(self.input_layernorm, self.self_attn, hidden_states, layer, tables)
+            tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+            attended = few_tokens.attend(self.input_layernorm, self.self_attn, hidden_states, layer, tables, mask)
         hidden_states = self._attend(hidden_states, **kwargs) if attended is None else attended
-        output = one_token.feed_forward(self.post_attention_layernorm, self.mlp, hidden_states)
+        output = few_tokens.feed_forward(self.post_attention_layernorm, self.mlp, hidden_states)
         return self._feed_forward(hidden_states, is_token) if output is None else output
 
     def _attend(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -4,6 +4,8 @@ What is known of a weight is kept beside it, since finding it out takes as long 
 once the weight is another one, or lies elsewhere.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import nn
@@ -94,6 +96,53 @@ class StreamedWeight(NotCopied):
         if self.scales is not None:
             second[:, 1] += half * self.scales.itemsize * (2 if self.is_int4 else 1)
         return first, second
+
+
+# What users choose in a configuration, or set up for several processes, and what decides which code runs.
+_SETTINGS = ("_attn_implementation", "_experts_implementation", "_is_expert_parallel")
+
+
+class Unchanged(NotCopied):
+    """Tells whether a module still is what it was: its parts, its weights in their places, no hooks, the same settings.
+
+    Finding out anew what is to be known of a layer takes several times as long.
+
+    Args:
+        module: Looked at with all of its parts.
+        weights: Its weights.
+    """
+
+    def __init__(self, module: nn.Module, weights: Iterable[StreamedWeight]) -> None:
+        parts = list(module.modules())
+        self._states = [vars(part) for part in parts]
+        self._members = [
+            (members, list(members.values()))
+            for state in self._states
+            for members in (state["_modules"], state["_parameters"], state["_buffers"])
+            if members
+        ]
+        self._ids = [[*map(id, values)] for _, values in self._members]
+        self._weights = tuple(weights)
+        owners = {id(owner): owner for part in parts for owner in (part, getattr(part, "config", None))}
+        self._settings = [
+            (owner, name, getattr(owner, name))
+            for owner in owners.values()
+            for name in _SETTINGS
+            if hasattr(owner, name)
+        ]
+
+    def holds(self) -> bool:
+        """Whether all of that is so."""
+        for state in self._states:
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return False
+        for (members, _), ids in zip(self._members, self._ids, strict=True):
+            if [*map(id, members.values())] != ids:
+                return False
+        for owner, name, value in self._settings:
+            if getattr(owner, name) != value:
+                return False
+        return all(weight.is_of(weight.values, weight.scales) for weight in self._weights)
 
 
 def _is_readable(numbers: torch.Tensor) -> bool:

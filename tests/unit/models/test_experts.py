@@ -143,7 +143,7 @@ def test_many_tokens_and_shares_of_other_processes_do_not(monkeypatch):
 def test_linear_layers_stream_their_weight_for_few_rows_without_gradients(monkeypatch, has_bias):
     monkeypatch.setattr(few_row_products, "MIN_LINEAR_BYTES", 40 * 48 * 4)
     layer = StreamedLinear(48, 40, bias=has_bias)
-    for shape in ((48,), (1, 48), (2, 2, 48), (5, 48), (0, 48)):
+    for shape in ((48,), (1, 48), (2, 2, 48), (9, 48), (0, 48)):
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         expected = F.linear(inputs, layer.weight, layer.bias)
         assert layer(inputs).requires_grad
@@ -151,9 +151,9 @@ def test_linear_layers_stream_their_weight_for_few_rows_without_gradients(monkey
             torch.testing.assert_close(layer(inputs), expected, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(F, "linear", None)
     with torch.inference_mode():
-        layer(torch.ones(1, 48))
+        layer(torch.ones(few_row_products.MAX_ROWS, 48))
         with pytest.raises(TypeError):
-            layer(torch.ones(5, 48))
+            layer(torch.ones(few_row_products.MAX_ROWS + 1, 48))
         with pytest.raises(TypeError):
             StreamedLinear(48, 39)(torch.ones(1, 48))  # too small
 

@@ -58,7 +58,7 @@ def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("counts", [[1], [4], [1, 1, 1], [3, 4, 2], [9, 1, 5]], ids=str)
+@pytest.mark.parametrize("counts", [[1], [4], [1, 1, 1], [3, 4, 2], [8, 1, 15]], ids=str)
 def test_products_equal_those_of_the_values(kind, counts):
     weight, scales, values = matrices_of(kind)
     matrices = [3, 0, 4][: len(counts)]
@@ -74,11 +74,23 @@ def test_products_equal_those_of_the_values(kind, counts):
 
 
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
-def test_widths_need_be_no_multiples_of_anything(kind):
-    weight, scales, values = matrices_of(kind, num_outputs=37, num_inputs=53)
-    rows = random_values(6, 53)
-    found = few_row_products.multiply(rows, StreamedWeight(weight, scales), [1], [6])
-    assert largest_error(found, expected_products(rows, values, [1], [6])) < EXACT
+@pytest.mark.parametrize("num_inputs", [5, 53, 64 + 17])
+def test_widths_need_be_no_multiples_of_anything(kind, num_inputs):
+    weight, scales, values = matrices_of(kind, num_outputs=37, num_inputs=num_inputs)
+    for dtype, error in ((torch.float32, EXACT), (torch.bfloat16, 2**-8)):
+        rows = random_values(7, num_inputs).to(dtype)
+        found = few_row_products.multiply(rows, StreamedWeight(weight, scales), [1], [7])
+        assert largest_error(found, expected_products(rows, values, [1], [7])) < error
+
+
+@pytest.mark.parametrize("num_inputs", [4096, 2**15, 100_003])
+def test_long_rows_of_int8_do_not_overflow(num_inputs):
+    """Products of integers are added up in 32 bits."""
+    weight = torch.full((3, num_inputs), -127, dtype=torch.int8)
+    scales = torch.full((3,), 1 / 127)
+    rows = torch.ones(1, num_inputs, dtype=torch.bfloat16)
+    found = product(rows, weight, scales)
+    torch.testing.assert_close(found.float(), torch.full((1, 3), -float(num_inputs)), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS[2:4], ids=str)
@@ -193,14 +205,15 @@ def test_without_numba_the_log_says_so_once(monkeypatch, caplog, kind):
     few_row_products.is_supported.cache_clear()
     few_row_products._modules.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert not few_row_products.is_supported(kind)
-        assert not few_row_products.is_supported(kind)
+        assert not few_row_products.is_supported(torch.float32, kind)
+        assert not few_row_products.is_supported(torch.float32, kind)
     (record,) = caplog.records
     assert "numba" in record.message and "not there" in record.message
 
 
 @pytest.mark.parametrize("failure", ["wrong", "crash"])
-def test_kernels_that_fail_their_test_are_not_used(monkeypatch, caplog, failure):
+@pytest.mark.parametrize("dtype", few_row_products.INPUT_TYPES, ids=str)
+def test_kernels_that_fail_their_test_are_not_used(monkeypatch, caplog, failure, dtype):
     def fake(*args, **kwargs):
         if failure == "crash":
             raise RuntimeError("LLVM knows no such processor")
@@ -209,14 +222,15 @@ def test_kernels_that_fail_their_test_are_not_used(monkeypatch, caplog, failure)
     few_row_products.is_supported.cache_clear()
     monkeypatch.setattr(few_row_products, "multiply", fake)
     with caplog.at_level(logging.WARNING):
-        assert not few_row_products.is_supported(torch.int8)
+        assert not few_row_products.is_supported(dtype, torch.int8)
     assert "torch.int8" in caplog.text and ("wrong" in caplog.text or "no such processor" in caplog.text)
 
 
 def test_all_kinds_work_here():
     """Else other tests would compare the stand-ins with themselves."""
-    for kind in (torch.float32, torch.bfloat16, torch.int8, torch.uint8):
-        assert few_row_products.is_supported(kind)
+    for dtype in few_row_products.INPUT_TYPES:
+        for kind in (torch.float32, torch.bfloat16, torch.int8, torch.uint8):
+            assert few_row_products.is_supported(dtype, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -102,10 +102,10 @@ def test_each_chosen_expert_is_read_once_and_no_other(config, monkeypatch, is_co
         return original_of_all(rows, weight, matrices, rows_of_each)
 
     monkeypatch.setattr(kernels, "linear", spy)
-    few_row_products.is_supported(experts.gate_up_proj.dtype)  # it multiplies, too
+    few_row_products.is_supported(torch.float32, experts.gate_up_proj.dtype)  # it multiplies, too
     monkeypatch.setattr(few_row_products, "multiply", spy_on_all)
     if not is_compiled:
-        monkeypatch.setattr(few_row_products, "is_supported", lambda kind: False)
+        monkeypatch.setattr(few_row_products, "is_supported", lambda *kinds: False)
     hidden, _, weights = routed(4)
     chosen = torch.tensor([[5, 0, 2], [5, 1, 0], [2, 5, 0], [0, 5, 1]])
     experts(hidden, chosen, weights)

@@ -1,4 +1,4 @@
-"""The way of a single token through a decoder layer on the CPU: two calls of compiled kernels, where that may be.
+"""The way of a few tokens through a decoder layer on the CPU: two calls of compiled kernels, where that may be.
 
 A layer is called as ever where one of its parts is wrapped, watched, on another device, of a kind that the kernels do
 not read, or differentiated.
@@ -16,14 +16,17 @@ from .few_row_products import (
     are_few_rows,
     as_array,
     as_tensor,
+    as_visible,
     can_run,
-    compiled_layers,
+    kernels,
     threads_for,
     try_kernel,
 )
 from .growing_cache import GrowingLayer
-from .streamed_weights import NotCopied, StreamedWeight, is_plain, remember
+from .streamed_weights import NotCopied, StreamedWeight, Unchanged, is_plain, remember
 
+# Up to so many tokens at once: with more, torch's products, which use instructions for matrices, are faster.
+MAX_TOKENS = 8
 # What a configuration calls `topk_method`, by the numbers that the kernels have for them.
 CHOICES = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -103,17 +106,17 @@ class LatentAttention(NamedTuple):
     query_up: StreamedWeight | None = None
 
 
-def is_one_token(hidden_states: torch.Tensor) -> bool:
-    """Whether hidden states [..., D] are those of a single token on the CPU."""
-    return are_few_rows(hidden_states) and hidden_states.numel() == hidden_states.shape[-1]
+def are_few_tokens(hidden_states: torch.Tensor) -> bool:
+    """Whether hidden states [B, T, D] are those of a few tokens on the CPU."""
+    return are_few_rows(hidden_states, MAX_TOKENS)
 
 
 class _AttentionPlan(NotCopied):
     """What is to be known of an attention layer, as long as its weights stay where they are."""
 
     def __init__(self, attention: Any, weights: HeadAttention | LatentAttention) -> None:
-        self.weights = weights
         self.known = tuple(weight for weight in weights if weight is not None)
+        self.unchanged = Unchanged(attention, self.known)
         if isinstance(weights, LatentAttention):
             inputs: tuple[StreamedWeight, ...] = (weights.query, weights.compressed)
         else:
@@ -133,7 +136,7 @@ class _AttentionPlan(NotCopied):
         if not isinstance(weights, LatentAttention):
             value = weights.value
             block_rows = [weight.int4_block_rows for weight in (first, value, output)]
-            self.kernel = compiled_layers().attention_kernel(*block_rows)
+            self.kernel = kernels().attention_kernel(*block_rows)
             self.arguments += (value.places, *value.types)
             return
         latent_norm, up, query_norm, query_up = weights.latent_norm, weights.up, weights.query_norm, weights.query_up
@@ -145,9 +148,7 @@ class _AttentionPlan(NotCopied):
         epsilons = [attention.kv_a_layernorm.variance_epsilon, 0.0]
         if query_norm is not None:
             epsilons[1] = attention.q_a_layernorm.variance_epsilon
-        self.kernel = compiled_layers().latent_attention_kernel(
-            first.int4_block_rows, query_rows, output.int4_block_rows
-        )
+        self.kernel = kernels().latent_attention_kernel(first.int4_block_rows, query_rows, output.int4_block_rows)
         num_heads = up.num_rows // (attention.qk_nope_head_dim + attention.v_head_dim)
         self.arguments += (
             *query_arguments,
@@ -165,25 +166,26 @@ def attend(
     hidden_states: torch.Tensor,
     cache_layer: Any,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Attention of one token, with its norm and residual path; the cache takes the token in.
+    """Attention of one token a row, with its norm and residual path; the cache takes the tokens in.
 
     Args:
         norm: `DeepseekV2RMSNorm`.
         attention: `DeepseekV2MultiHeadAttention` or `DeepseekV2Attention`.
-        hidden_states: [1, 1, D].
+        hidden_states: [B, 1, D].
         cache_layer: What holds the keys and values of earlier tokens.
-        position_embeddings: Cosines and sines, each [1, 1, head / 2].
+        position_embeddings: Cosines and sines, each [B, 1, head / 2] or [1, 1, head / 2].
+        attention_mask: None, or booleans [B, 1, 1, K], the new tokens among them.
 
     Returns:
-        [1, 1, D]; None if the layers have to be called.
+        [B, 1, D]; None if the layers have to be called.
     """
-    weights = _of_plain(attention, "streamed_weights") if is_plain(norm) else None
-    if weights is None or type(cache_layer) is not GrowingLayer:
+    if hidden_states.shape[1] != 1 or type(cache_layer) is not GrowingLayer or not is_plain(norm):
         return None
-    plan: _AttentionPlan | None = vars(attention).get("_one_token")
-    if plan is None or plan.weights != weights:
-        plan = vars(attention)["_one_token"] = _AttentionPlan(attention, weights)
+    plan: _AttentionPlan | None = _plan_of(attention, "streamed_weights", _AttentionPlan)
+    if plan is None or not _is_padding_mask(attention_mask, hidden_states.shape[0], cache_layer.get_seq_length() + 1):
+        return None
     norm_weight = remember(norm, "weight", norm.weight)
     if not plan.is_readable or not _can_run(hidden_states, (norm_weight, *plan.known)):
         return None
@@ -198,9 +200,10 @@ def attend(
         norm_weight,
         hidden_states,
         *plan.arguments,
-        *(table.numpy()[0, 0] for table in position_embeddings),
+        *(table.numpy()[:, 0] for table in position_embeddings),
         *map(as_array, buffers),
         cache_layer.get_seq_length() - 1,
+        as_visible(None if attention_mask is None else attention_mask[:, 0, 0]),
         np.float32(attention.scaling),
     )
     if output is None:
@@ -208,19 +211,29 @@ def attend(
     return output
 
 
+def _is_padding_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> bool:
+    """Whether a mask says no more than which tokens [B, K] are to be seen, or nothing at all."""
+    if attention_mask is None:
+        return True
+    return attention_mask.dtype == torch.bool and attention_mask.shape == (batch_size, 1, 1, length)
+
+
 class _FeedForwardPlan(NotCopied):
     """What is to be known of a feed-forward layer, as long as its weights stay where they are."""
 
-    def __init__(self, layers: FeedForward) -> None:
-        self.layers = layers
+    def __init__(self, mlp: Any, layers: FeedForward) -> None:
+        router = () if layers.router is None else (layers.router,)
+        self.known = (*router, *layers.experts, *layers.shared)
+        self.unchanged = Unchanged(mlp, self.known)
+        self.bias = layers.bias
         gates = [layer[0] for layer in (layers.shared, layers.experts) if layer]
         downs = [layer[-1] for layer in (layers.shared, layers.experts) if layer]
         widths = [layer[0].num_rows // (4 - len(layer)) for layer in (layers.shared, layers.experts) if layer]
         first, down = gates[0], downs[0]
         weights = (*layers.shared, *layers.experts)
         self.is_readable = (
-            all(weight.is_readable for weight in weights)
-            and (layers.router is None or (layers.router.is_readable and layers.router.scales is None))
+            all(weight.is_readable for weight in self.known)
+            and (layers.router is None or layers.router.scales is None)
             and all(weight.kind == first.kind for weight in (*gates, *layers.shared[:2]))
             and all(weight.kind == down.kind for weight in downs)
             and first.kind[:3] == down.kind[:3]
@@ -231,9 +244,9 @@ class _FeedForwardPlan(NotCopied):
         )
         if not self.is_readable:
             return
-        self.kernel = compiled_layers().feed_forward_kernel(first.int4_block_rows)
+        self.kernel = kernels().feed_forward_kernel(first.int4_block_rows)
         routing = layers.routing or Routing((0, 0, 1, 1, 1, 0), 1.0)
-        router = layers.router or first
+        first_router = layers.router or first
         none = np.empty((0, 3, 4), np.int64)
         experts, shared = none, none
         if layers.experts:
@@ -242,7 +255,7 @@ class _FeedForwardPlan(NotCopied):
         if layers.shared:
             shared = np.stack([weight.places for weight in layers.shared], axis=1)
         weight_type = np.array([first.group_size, down.group_size]) if first.is_int4 else first.types[0]
-        self.router = (router.places, router.types[0])
+        self.router = (first_router.places, first_router.types[0])
         self.routing = (routing.settings, np.float32(routing.scaling))
         self.layer_arguments = (experts, shared, weight_type, first.types[1])
         num_widths = routing.settings[0] * (widths[-1] if layers.experts else 0) + (widths[0] if layers.shared else 0)
@@ -250,27 +263,23 @@ class _FeedForwardPlan(NotCopied):
 
 
 def feed_forward(norm: Any, mlp: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
-    """The feed-forward half of a layer for one token, with its norm and residual path.
+    """The feed-forward half of a layer for a few tokens, with its norm and residual path.
 
     Args:
         norm: `DeepseekV2RMSNorm`.
         mlp: `DeepseekV2MLP` or `DeepseekV2MoE`.
-        hidden_states: [1, 1, D].
+        hidden_states: [B, T, D].
 
     Returns:
-        [1, 1, D]; None if the layers have to be called.
+        [B, T, D]; None if the layers have to be called.
     """
-    layers: FeedForward | None = _of_plain(mlp, "feed_forward") if is_plain(norm) else None
-    if layers is None:
+    plan: _FeedForwardPlan | None = _plan_of(mlp, "feed_forward", _FeedForwardPlan) if is_plain(norm) else None
+    if plan is None or not plan.is_readable:
         return None
-    plan: _FeedForwardPlan | None = vars(mlp).get("_one_token")
-    if plan is None or plan.layers[:4] != layers[:4]:  # whatever the bias
-        plan = vars(mlp)["_one_token"] = _FeedForwardPlan(layers)
     norm_weight = remember(norm, "weight", norm.weight)
-    router = () if layers.router is None else (layers.router,)
-    if not plan.is_readable or not _can_run(hidden_states, (norm_weight, *router, *layers.experts, *layers.shared)):
+    if not _can_run(hidden_states, (norm_weight, *plan.known)):
         return None
-    bias = None if layers.bias is None else layers.bias.float().numpy()
+    bias = None if plan.bias is None else plan.bias.float().numpy()
     settings, scaling = plan.routing
     arguments = (*plan.router, bias, settings, scaling, *plan.layer_arguments)
     return _run(plan, norm, norm_weight, hidden_states, *arguments)
@@ -284,18 +293,22 @@ def _run(
     *arguments: Any,
 ) -> torch.Tensor | None:
     """Calls the kernel of a plan; None if it cannot be compiled, after which the plan is not tried again."""
-    row = as_array(hidden_states).reshape(-1)
-    outputs = np.empty(row.shape, row.dtype)
-    inputs = (row, norm_weight.addresses[0], np.float32(norm.variance_epsilon))
+    rows = as_array(hidden_states).reshape(-1, hidden_states.shape[-1])
+    outputs = np.empty(rows.shape, rows.dtype)
+    inputs = (rows, norm_weight.addresses[0], np.float32(norm.variance_epsilon))
     plan.is_readable = try_kernel(plan.kernel, threads_for(plan.num_bytes), *inputs, *arguments, outputs)
     return as_tensor(outputs.reshape(hidden_states.shape), hidden_states.dtype) if plan.is_readable else None
 
 
-def _of_plain(module: nn.Module, name: str) -> Any:
-    """What a module's method of that name returns; None without such a method, and if calling the module does more."""
-    # By the class: an adapter around a layer may pass on what it does not know.
-    method = getattr(type(module), name, None)
-    return method(module) if method and is_plain(module) else None
+def _plan_of(module: nn.Module, method_name: str, plan_class: Any) -> Any:
+    """The plan of a module; None if calling it does more than its weights say, which that method of it returns."""
+    plan = vars(module).get("_few_tokens")
+    if plan is None or not plan.unchanged.holds():
+        # By the class: an adapter around a layer may pass on what it does not know.
+        method = getattr(type(module), method_name, None)
+        weights = method(module) if method and is_plain(module) else None
+        plan = vars(module)["_few_tokens"] = None if weights is None else plan_class(module, weights)
+    return plan
 
 
 def _can_run(hidden_states: torch.Tensor, weights: tuple[StreamedWeight, ...]) -> bool:
