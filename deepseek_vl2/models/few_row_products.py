@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Up to so many rows of one matrix: with more, its weights are in the processor's caches for most of the time, where
 # torch's products, which use instructions for matrices, are faster.
-MAX_ROWS = 8
+MAX_ROWS = 16
 INPUT_TYPES = (torch.float32, torch.bfloat16)
 # So many bytes of weights are read by one thread; for fewer another one costs more than it brings, and much more where
 # other programs keep it waiting.

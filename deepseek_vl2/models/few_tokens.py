@@ -25,8 +25,9 @@ from .few_row_products import (
 from .growing_cache import GrowingLayer
 from .streamed_weights import NotCopied, StreamedWeight, Unchanged, is_plain, remember
 
-# Up to so many tokens at once: with more, torch's products, which use instructions for matrices, are faster.
-MAX_TOKENS = 8
+# Up to so many tokens at once. With more, experts have so many rows that torch's products, which use instructions for
+# matrices, catch up.
+MAX_TOKENS = 32
 # What a configuration calls `topk_method`, by the numbers that the kernels have for them.
 CHOICES = ("greedy", "group_limited_greedy", "noaux_tc")
 
