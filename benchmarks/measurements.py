@@ -12,7 +12,7 @@ from benchmarks.results import Figure
 from benchmarks.timing import Timing, measure, seconds_of, synchronize
 from deepseek_vl2.utils.model_size import WEIGHT_KINDS, cache_bytes_per_token
 
-BATCH_SIZES = (1, 2, 4, 8)
+BATCH_SIZES = (1, 2, 4, 8, 16)
 BATCH_PROMPT_TOKENS = 128
 LONG_PROMPT_TOKENS = 4096
 WHOLE = -1

@@ -17,9 +17,17 @@ from numba.core import cgutils
 logger = logging.getLogger(__name__)
 
 CACHE_LINE = 64
-# Of 32 bits in a vector.
-LANES = 16 if binding.get_host_cpu_features().get("avx512f", False) else 8
 
+
+def _count_lanes() -> int:
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot tell on this system
+        return 8
+    return 16 if features.get("avx512f") else 8
+
+
+LANES = _count_lanes()  # of 32 bits in a vector
 FLOAT = ir.FloatType()
 BYTE, WORD, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 ELEMENTS = {types.float32: FLOAT, types.uint16: WORD, types.int8: BYTE}
