@@ -155,7 +155,7 @@ def _int4_block(block_rows: int) -> Any:
             levels: [P, K / g, g] int16.
             group_sums: [P, K / g].
             row: The first row.
-            count: How many rows, see `products.rows_at_once`.
+            count: How many rows, see `tiles.rows_at_once`.
             matrix: [4] int64, see `multiply_rows`.
             block: Number of the block.
             scale_like: See `multiply_rows`.
