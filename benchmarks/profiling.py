@@ -1,7 +1,7 @@
 """Where the time goes: seconds of each part of the model, while it sees, reads and speaks.
 
-Parts that are watched are called one by one, also on a CPU, which runs half a layer of a token in one call otherwise
-(see `few_tokens`).
+Parts that are watched are called one by one, also on a CPU, which runs half a layer of a few tokens in one call
+otherwise (see `few_tokens`).
 """
 
 import re

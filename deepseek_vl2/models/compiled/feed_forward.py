@@ -36,6 +36,14 @@ def _gathered(rows: Any, places: Any) -> Any:
     return gathered
 
 
+@njit
+def _places_of_activations(layers: Any, spans: Any) -> Any:
+    """Where widths and activations of each layer begin, see `products.output_places`, and room for the activations."""
+    starts, places = output_places(layers[:, 0], spans)
+    num_activations = places[-1] + (starts[-1] - starts[-2]) * (spans[-1, 1] - spans[-1, 0])
+    return starts, places, np.empty(num_activations, np.float32)
+
+
 @njit(**IN_PARALLEL)
 def _run_gated_layers(
     num_threads: Any,
@@ -66,9 +74,7 @@ def _run_gated_layers(
     for row in range(len(inputs)):
         input_steps[row] = fill_row(inputs[row], rows[row])
     rows = _gathered(rows, tokens)
-    starts, places = output_places(layers[:, 0], spans)
-    num_activations = places[-1] + (starts[-1] - starts[-2]) * (spans[-1, 1] - spans[-1, 0])
-    activations = np.empty(num_activations, np.float32)
+    starts, places, activations = _places_of_activations(layers, spans)
     row_bytes = inputs.shape[1] * weight_like.itemsize
     for part in prange(num_threads):
         gates = np.empty((ROWS_AT_ONCE, OUTPUTS_AT_ONCE), np.float32)
@@ -99,7 +105,7 @@ def _run_gated_layers(
                     place += starts[layer + 1] - starts[layer]
                 row += num_rows
             unit += count
-    hidden = empty_rows(num_activations, inputs, weight_like)
+    hidden = empty_rows(len(activations), inputs, weight_like)
     steps = np.empty(len(tokens), np.float32)
     for layer in range(len(layers)):
         width = starts[layer + 1] - starts[layer]
@@ -169,9 +175,7 @@ def _int4_gated_layers(block_rows: int) -> Any:
         """
         levels, group_sums, steps = round_rows(inputs, group_sizes[0])
         levels, group_sums = _gathered(levels, tokens), _gathered(group_sums, tokens)
-        starts, places = output_places(layers[:, 0], spans)
-        num_activations = places[-1] + (starts[-1] - starts[-2]) * (spans[-1, 1] - spans[-1, 0])
-        activations = np.empty(num_activations, np.float32)
+        starts, places, activations = _places_of_activations(layers, spans)
         num_blocks = starts[-1] // block_rows
         for part in prange(num_threads):
             gates = np.empty((ROWS_AT_ONCE, block_rows), np.float32)
@@ -196,8 +200,8 @@ def _int4_gated_layers(block_rows: int) -> Any:
                         place += starts[layer + 1] - starts[layer]
                     row += count
         group_size = group_sizes[1]
-        levels = np.empty((1, num_activations // group_size, group_size), np.int16)
-        group_sums = np.empty((1, num_activations // group_size), np.float32)
+        levels = np.empty((1, len(activations) // group_size, group_size), np.int16)
+        group_sums = np.empty((1, len(activations) // group_size), np.float32)
         steps = np.empty(len(tokens), np.float32)
         for layer in range(len(layers)):
             width = starts[layer + 1] - starts[layer]

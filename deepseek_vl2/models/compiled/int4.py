@@ -35,14 +35,6 @@ from .tiles import BYTES_AHEAD, ROWS_AT_ONCE, fill_row, rows_at_once
 _CENTER = 8
 
 
-def _variable(builder: Any) -> Any:
-    """Sixteen sums of 32 bits, 0 at first; LLVM keeps them in a register."""
-    start = splat(ir.VectorType(INT, LANES), 0)
-    variable = cgutils.alloca_once(builder, start.type)
-    builder.store(start, variable)
-    return variable
-
-
 @intrinsic(prefer_literal=True)
 def _multiply_group(
     typing_context: Any,
@@ -82,7 +74,9 @@ def _multiply_group(
         for number in range(num_rows.literal_value):
             groups = builder.mul(builder.add(row_value, LONG(number)), num_groups)
             rows.append(builder.gep(inputs, [builder.mul(builder.add(groups, group_value), group_size)]))
-        sums = [[_variable(builder) for _ in range(2 * half_block // LANES)] for _ in rows]
+        nothing = ir.Constant(ir.VectorType(INT, LANES), None)
+        num_vectors = 2 * half_block // LANES
+        sums = [[cgutils.alloca_once_value(builder, nothing) for _ in range(num_vectors)] for _ in rows]
         with cgutils.for_range(builder, builder.udiv(group_size, LONG(2)), intp=LONG) as loop:
             position = builder.mul(loop.index, LONG(2))
             place = builder.gep(packed, [builder.mul(position, LONG(half_block))])
