@@ -231,21 +231,24 @@ def _attend_latent(
 ) -> None:
     """Attention of one token a row, of H heads, to cached latents, which stay as they are.
 
+    All arrays lie in one piece: of a part of a larger one numba does not know that neighbours are beside each other,
+    and reads number by number.
+
     Args:
         num_threads: See `products.multiply_rows`.
-        queries: [B, H, nope] numbers.
+        queries: [B, H, nope + P] numbers, of which the first are read.
         rotated: [B, H, P] numbers.
         up_address: Of the up-projection [H, nope + V, R].
         up_like: Something of its type.
-        rope_keys: [B, room, P] numbers.
-        latents: [B, room, R] numbers.
+        rope_keys: [B, 1, room, P] numbers.
+        latents: [B, 1, room, R] numbers.
         length: How many of these there are.
         visible: See `attend_one_token`.
         scaling: Factor on the scores.
         outputs: [B, H, V] numbers, written to.
     """
-    num_rows, num_heads, num_plain = queries.shape
-    num_rotated, rank = rotated.shape[2], latents.shape[2]
+    num_rows, num_heads, num_rotated = rotated.shape
+    num_plain, rank = queries.shape[2] - num_rotated, latents.shape[3]
     value_width = outputs.shape[2]
     row_bytes = rank * up_like.itemsize
     latent_bytes, rope_bytes = rank * latents.itemsize, num_rotated * rope_keys.itemsize
@@ -280,7 +283,7 @@ def _attend_latent(
             token = 0
             while token < length:
                 num_tokens = min(OUTPUTS_AT_ONCE, length - token)
-                place = row * latents.shape[1] + token
+                place = row * latents.shape[2] + token
                 address = latents.ctypes.data + place * latent_bytes
                 multiply_tile(query, 0, ROWS_AT_ONCE, address, latent_bytes, num_tokens, latents, plain)
                 address = rope_keys.ctypes.data + place * rope_bytes
@@ -301,7 +304,7 @@ def _attend_latent(
                     scores[head, token] /= total
             for token in range(length):
                 for i in range(rank):
-                    latent = to_float32(latents[row, token, i])
+                    latent = to_float32(latents[row, 0, token, i])
                     mixed[0, i] += scores[0, token] * latent
                     mixed[1, i] += scores[1, token] * latent
                     mixed[2, i] += scores[2, token] * latent
@@ -411,12 +414,12 @@ def latent_attention_kernel(input_block_rows: int, query_block_rows: int, output
         mixed = np.empty((num_rows, num_heads, value_width), hidden.dtype)
         _attend_latent(
             num_threads,
-            queries[:, :, :num_plain],
+            queries,
             rotated,
             up_address,
             up_like,
-            rope_keys[:, 0],
-            latents[:, 0],
+            rope_keys,
+            latents,
             length + 1,
             visible,
             scaling,
