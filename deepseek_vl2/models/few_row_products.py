@@ -131,12 +131,22 @@ def run_kernel(kernel: Any, num_threads: int, *arguments: Any) -> None:
         kernel(num_threads, *arguments)
 
 
+def has_numba() -> bool:
+    """Whether kernels can be had; the log says why not."""
+    try:
+        _modules()
+    except ImportError as error:
+        logger.warning("Answers take longer on this CPU: numba, which compiles products for it, fails: %s", error)
+        return False
+    return True
+
+
 def try_kernel(kernel: Any, num_threads: int, *arguments: Any) -> bool:
     """As `run_kernel`; whether it could be compiled, which happens at the first call. The log says why not."""
     try:
         run_kernel(kernel, num_threads, *arguments)
     except (_modules()[0].core.errors.NumbaError, RuntimeError) as error:
-        logger.warning("Answers take longer on this CPU: decoder layers are not compiled: %s", error)
+        logger.warning("Answers take longer on this CPU: %s is not compiled: %s", kernel.__name__, error)
         return False
     return True
 
@@ -260,15 +270,12 @@ def is_supported(input_type: torch.dtype, weight_type: torch.dtype) -> bool:
         input_type: One of `INPUT_TYPES`.
         weight_type: float32, bfloat16, int8, or uint8 for int4.
     """
-    try:
-        numba, _ = _modules()
-    except ImportError as error:
-        logger.warning("Answers take longer on this CPU: numba, which compiles products for it, fails: %s", error)
+    if not has_numba():
         return False
     kinds = f"{input_type} by {weight_type}"
     try:
         is_right = _is_right(input_type, weight_type)
-    except (numba.core.errors.NumbaError, RuntimeError) as error:
+    except (_modules()[0].core.errors.NumbaError, RuntimeError) as error:
         logger.warning("Answers take longer on this CPU: products of %s are not compiled: %s", kinds, error)
         return False
     if not is_right:

@@ -1,0 +1,242 @@
+"""Attention between all tokens of a sequence, as in a vision tower, on CPUs that multiply pairs of bfloat16.
+
+Letters: B sequences of N tokens, H heads of D numbers. Two neighbouring numbers in bfloat16 are a pair, read as uint32.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import config, njit, prange, types
+from numba.core import cgutils
+
+from .numbers import FASTMATH, FLOAT, INT, LONG, STAMP, array_start, compiled, from_float32, intrinsic, load_vector
+
+QUERIES_AT_ONCE = 8
+# Pairs that one instruction multiplies by others, and for how many times as many there are registers.
+PAIRS_AT_ONCE = 16
+MOST_VECTORS = 3
+_SCORE_VECTORS = 2
+
+_LOG2_E = np.float32(1.4426950408889634)
+_SMALLEST_POWER = np.float32(-126)
+# Of 2**x for x from -0.5 to 0.5, by powers of x; the error is below 2e-7 of the result.
+_POWERS_OF_TWO = tuple(
+    np.float32(factor) for factor in (1.0, 0.6931472, 0.24022651, 0.05550326, 0.009618025, 0.0013393767)
+)
+
+
+def has_pair_products() -> bool:
+    """Whether numba compiles for a processor that has the instruction; elsewhere compiling ends the process."""
+    if config.CPU_NAME or config.CPU_FEATURES:  # whoever sets these wants code for another one
+        return False
+    try:
+        return bool(binding.get_host_cpu_features().get("avx512bf16"))
+    except RuntimeError:  # LLVM cannot tell on this system
+        return False
+
+
+class _BFloat16(ir.Type):
+    """LLVM's type of that name, which llvmlite does not know."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+_SUMS = ir.VectorType(FLOAT, PAIRS_AT_ONCE)
+_PAIRS = ir.VectorType(INT, PAIRS_AT_ONCE)
+_NUMBERS = ir.VectorType(_BFloat16(), 2 * PAIRS_AT_ONCE)
+
+
+@intrinsic(prefer_literal=True)
+def _multiply_pairs(
+    typing_context: Any,
+    address: Any,
+    row_bytes: Any,
+    num_pairs: Any,
+    pairs: Any,
+    column: Any,
+    num_vectors: Any,
+    sums: Any,
+) -> Any:
+    """Products of `QUERIES_AT_ONCE` rows with some columns of a matrix, sums in float32.
+
+    Args:
+        typing_context: Of numba.
+        address: Of the first row of pairs.
+        row_bytes: Bytes from one row to the next.
+        num_pairs: P, of a row.
+        pairs: [P, C] uint32: number p of a column is the pair that those of a row are multiplied by.
+        column: The first column.
+        num_vectors: Number of columns in `PAIRS_AT_ONCE`, a constant.
+        sums: [`QUERIES_AT_ONCE`, C] float32; these columns are written to.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address_value, step, count, pairs_value, first, _, sums_value = arguments
+        width = cgutils.unpack_tuple(builder, context.make_array(pairs)(context, builder, pairs_value).shape)[1]
+        matrix = builder.gep(array_start(context, builder, pairs, pairs_value, INT), [first])
+        rows = [
+            builder.inttoptr(builder.add(address_value, builder.mul(step, LONG(row))), INT.as_pointer())
+            for row in range(QUERIES_AT_ONCE)
+        ]
+        vectors = [LONG(number * PAIRS_AT_ONCE) for number in range(num_vectors.literal_value)]
+        nothing = ir.Constant(_SUMS, None)
+        totals = [[cgutils.alloca_once_value(builder, nothing) for _ in vectors] for _ in rows]
+        kind = ir.FunctionType(_SUMS, [_SUMS, _NUMBERS, _NUMBERS])
+        add_products = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        with cgutils.for_range(builder, count, intp=LONG) as loop:
+            line = builder.gep(matrix, [builder.mul(loop.index, width)])
+            columns = [load_vector(builder, builder.gep(line, [vector]), INT, PAIRS_AT_ONCE) for vector in vectors]
+            columns = [builder.bitcast(vector, _NUMBERS) for vector in columns]
+            for row, row_totals in zip(rows, totals, strict=True):
+                pair = builder.load(builder.gep(row, [loop.index]), align=4)
+                repeated = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, INT(0))
+                everywhere = ir.Constant(_PAIRS, None)
+                repeated = builder.shuffle_vector(repeated, ir.Constant(_PAIRS, ir.Undefined), everywhere)
+                numbers = builder.bitcast(repeated, _NUMBERS)
+                for vector, total in zip(columns, row_totals, strict=True):
+                    builder.store(builder.call(add_products, [builder.load(total), numbers, vector]), total)
+        target = builder.gep(array_start(context, builder, sums, sums_value, FLOAT), [first])
+        for row, row_totals in enumerate(totals):
+            for vector, total in zip(vectors, row_totals, strict=True):
+                place = builder.gep(target, [builder.add(builder.mul(width, LONG(row)), vector)])
+                builder.store(builder.load(total), builder.bitcast(place, _SUMS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, pairs, types.intp, num_vectors, sums), generate
+
+
+@intrinsic
+def _times_power_of_two(typing_context: Any, number: Any, power: Any) -> Any:
+    """A float32 times two to the power of a whole number, a float32 of at least -126."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        exponent = builder.shl(builder.fptosi(arguments[1], INT), INT(23))
+        return builder.bitcast(builder.add(builder.bitcast(arguments[0], INT), exponent), FLOAT)
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@njit(fastmath=FASTMATH)
+def _exponential(number: Any) -> Any:
+    """e to the power of a number that is not above 0; written so that LLVM computes many at once."""
+    binary = max(number * _LOG2_E, _SMALLEST_POWER)
+    power = np.rint(binary)
+    rest = binary - power
+    result = _POWERS_OF_TWO[5]
+    result = result * rest + _POWERS_OF_TWO[4]
+    result = result * rest + _POWERS_OF_TWO[3]
+    result = result * rest + _POWERS_OF_TWO[2]
+    result = result * rest + _POWERS_OF_TWO[1]
+    result = result * rest + _POWERS_OF_TWO[0]
+    return _times_power_of_two(result, power) if number == number else number  # not a number stays that
+
+
+@njit(fastmath=FASTMATH)
+def _largest(numbers: Any, count: Any) -> Any:
+    largest = numbers[0]
+    for i in range(count):
+        largest = max(largest, numbers[i])
+    return largest
+
+
+@njit(fastmath=FASTMATH)
+def _weigh(scores: Any, count: Any, scaling: Any, weights: Any) -> Any:
+    """Writes weights for scores, not yet divided by their sum, which is returned."""
+    largest = _largest(scores, count)
+    total = np.float32(0)
+    for i in range(count):
+        weight = _exponential((scores[i] - largest) * scaling)
+        total += weight
+        weights[i] = from_float32(weight, weights)
+    return total
+
+
+@njit
+def _pack(qkv: Any, sequence: Any, head: Any, keys: Any, values: Any) -> None:
+    """Copies keys and values of a head, so that pairs that are multiplied at once are beside each other."""
+    num_tokens, num_pairs = qkv.shape[1], qkv.shape[4]
+    half, lower, upper = np.uint32(16), np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+    for token in range(num_tokens):
+        for pair in range(num_pairs):
+            keys[pair, token] = qkv[sequence, token, 1, head, pair]
+    for token in range(0, num_tokens, 2):
+        for pair in range(num_pairs):
+            first, second = qkv[sequence, token, 2, head, pair], np.uint32(0)
+            if token + 1 < num_tokens:
+                second = qkv[sequence, token + 1, 2, head, pair]
+            values[token // 2, 2 * pair] = (first & lower) | (second << half)
+            values[token // 2, 2 * pair + 1] = (first >> half) | (second & upper)
+
+
+def _full_attention_kernel() -> Any:
+    stamp = STAMP
+
+    @compiled
+    def attend_to_all(num_threads: Any, qkv: Any, scaling: Any, outputs: Any) -> int:
+        """Attention of each token to all of its sequence.
+
+        Args:
+            num_threads: See `products.multiply_rows`.
+            qkv: [B, N, 3, H, D / 2] uint32, pairs of queries, keys and values; N is at least `QUERIES_AT_ONCE`.
+            scaling: Factor on the scores, above 0.
+            outputs: [B, N, H, D] numbers in bfloat16, written to.
+        """
+        num_sequences, num_tokens, _, num_heads, num_pairs = qkv.shape
+        width = outputs.shape[3]
+        score_columns = _SCORE_VECTORS * PAIRS_AT_ONCE
+        num_keys = (num_tokens + score_columns - 1) // score_columns * score_columns
+        value_width = (width + PAIRS_AT_ONCE - 1) // PAIRS_AT_ONCE * PAIRS_AT_ONCE
+        num_blocks = (num_tokens + QUERIES_AT_ONCE - 1) // QUERIES_AT_ONCE
+        num_units = num_sequences * num_heads * num_blocks
+        head_bytes = num_pairs * 4
+        row_bytes = 3 * num_heads * head_bytes
+        for part in prange(num_threads):
+            keys = np.zeros((num_pairs, num_keys), np.uint32)
+            values = np.zeros((num_keys // 2, value_width), np.uint32)
+            scores = np.empty((QUERIES_AT_ONCE, num_keys), np.float32)
+            weights = np.zeros((QUERIES_AT_ONCE, num_keys), np.uint16)
+            mixed = np.empty((QUERIES_AT_ONCE, value_width), np.float32)
+            totals = np.empty(QUERIES_AT_ONCE, np.float32)
+            packed = -1
+            for unit in range(part * num_units // num_threads, (part + 1) * num_units // num_threads):
+                number, block = unit // num_blocks, unit % num_blocks
+                sequence, head = number // num_heads, number % num_heads
+                if number != packed:
+                    _pack(qkv, sequence, head, keys, values)
+                    packed = number
+                # The last block begins earlier, so that it is full; what another one computes is not written.
+                first = min(block * QUERIES_AT_ONCE, num_tokens - QUERIES_AT_ONCE)
+                queries = qkv.ctypes.data + (sequence * num_tokens + first) * row_bytes + head * head_bytes
+                for column in range(0, num_keys, score_columns):
+                    _multiply_pairs(queries, row_bytes, num_pairs, keys, column, _SCORE_VECTORS, scores)
+                for query in range(QUERIES_AT_ONCE):
+                    totals[query] = _weigh(scores[query], num_tokens, scaling, weights[query])
+                column = 0
+                while column < value_width:
+                    count = min(MOST_VECTORS, (value_width - column) // PAIRS_AT_ONCE)
+                    start = weights.ctypes.data
+                    if count == 3:
+                        _multiply_pairs(start, num_keys * 2, num_keys // 2, values, column, 3, mixed)
+                    elif count == 2:
+                        _multiply_pairs(start, num_keys * 2, num_keys // 2, values, column, 2, mixed)
+                    else:
+                        _multiply_pairs(start, num_keys * 2, num_keys // 2, values, column, 1, mixed)
+                    column += count * PAIRS_AT_ONCE
+                for query in range(block * QUERIES_AT_ONCE - first, QUERIES_AT_ONCE):
+                    for i in range(width):
+                        output = mixed[query, i] / totals[query]
+                        outputs[sequence, first + query, head, i] = from_float32(output, outputs)
+        return stamp
+
+    return attend_to_all
+
+
+attend_to_all = _full_attention_kernel()
