@@ -5,9 +5,10 @@ Letters: B sequences of N tokens, H heads of D numbers. Two neighbouring numbers
 
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import binding, ir
-from numba import config, njit, prange, types
+from numba import njit, prange, types
 from numba.core import cgutils
 
 from .numbers import FASTMATH, FLOAT, INT, LONG, STAMP, array_start, compiled, from_float32, intrinsic, load_vector
@@ -20,15 +21,16 @@ _SCORE_VECTORS = 2
 
 _LOG2_E = np.float32(1.4426950408889634)
 _SMALLEST_POWER = np.float32(-126)
-# Of 2**x for x from -0.5 to 0.5, by powers of x; the error is below 2e-7 of the result.
+# Of 2**x for x from -0.5 to 0.5, by powers of x: Chebyshev interpolation, off by less than 2e-7 of the result.
 _POWERS_OF_TWO = tuple(
-    np.float32(factor) for factor in (1.0, 0.6931472, 0.24022651, 0.05550326, 0.009618025, 0.0013393767)
+    np.float32(factor) for factor in (1.0000001, 0.69314719, 0.24022107, 0.055503571, 0.0096760319, 0.0013390863)
 )
 
 
 def has_pair_products() -> bool:
     """Whether numba compiles for a processor that has the instruction; elsewhere compiling ends the process."""
-    if config.CPU_NAME or config.CPU_FEATURES:  # whoever sets these wants code for another one
+    settings: Any = numba.config
+    if settings.CPU_NAME or settings.CPU_FEATURES:  # whoever sets these wants code for another one
         return False
     try:
         return bool(binding.get_host_cpu_features().get("avx512bf16"))
