@@ -34,6 +34,7 @@ from .few_row_products import StreamedLinear, are_few_rows, project
 from .few_tokens import FeedForward, HeadAttention, LatentAttention, Routing, are_few_tokens, is_silu
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
+from .many_tokens import attend_many_tokens
 from .parallel import CheckedSharesMixin, local_tensor
 from .rotary_positions import DeepseekV2RotaryEmbedding, rotate_halves, rotate_interleaved, yarn_score_scaling
 from .sorted_experts import StreamedExpertsInterface
@@ -227,16 +228,27 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Runs the attention kernel that the layer's configuration names; see `eager_attention_forward`.
 
-    The CPU's fused kernel is several times slower than plain products where one token looks at many.
+    On the CPU torch's own is several times slower than plain products where one token looks at many, and slower than a
+    compiled one elsewhere.
     """
-    is_decoding = query.shape[2] == 1 and query.device.type == "cpu" and not module.training
-    if is_decoding and module.config._attn_implementation == "sdpa":
-        return attend_one_token(query, key, value, attention_mask, module.scaling), None
+    if module.config._attn_implementation == "sdpa" and query.device.type == "cpu" and not module.training:
+        if query.shape[2] == 1:
+            return attend_one_token(query, key, value, attention_mask, module.scaling), None
+        if attention_mask is None:
+            output = attend_many_tokens(query, key, value, module.scaling, is_causal=True)
+            if output is not None:
+                return output, None
+    # The other kernels ask for values as wide as keys.
+    value_width = value.shape[-1]
+    if value_width < key.shape[-1]:
+        value = F.pad(value, (0, key.shape[-1] - value_width))
     kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
     )
     dropout = module.config.attention_dropout if module.training else 0.0
-    return kernel(module, query, key, value, attention_mask, scaling=module.scaling, dropout=dropout, **kwargs)
+    kwargs |= {"scaling": module.scaling, "dropout": dropout}
+    output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
+    return output[..., :value_width], weights
 
 
 class DeepseekV2MultiHeadAttention(nn.Module):
@@ -421,10 +433,7 @@ class DeepseekV2Attention(nn.Module):
         expanded = expanded.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
         key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, h, K, ...]
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-        # The fast kernels ask for values as wide as keys; a negative filling would cut wider ones.
-        value = F.pad(value, (0, max(self.qk_head_dim - self.v_head_dim, 0)))
-        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return output[..., : self.v_head_dim], weights
+        return attend(self, query, key, value, attention_mask, **kwargs)
 
     def _attend_absorbed(
         self,

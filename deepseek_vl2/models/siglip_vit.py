@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .full_attention import attend_to_all
+from .many_tokens import attend_many_tokens
 
 SigLIP_MODEL_CONFIG: dict[str, dict[str, Any]] = {
     "siglip_so400m_patch14_384": {"image_size": 384, "patch_size": 14, "width": 1152, "layers": 27, "heads": 16},
@@ -114,18 +114,16 @@ class VisionAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Patches [V, P*P, C] -> [V, P*P, C]; every patch sees every other of its view."""
-        qkv = self.qkv(x)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)  # [V, heads, P*P, C / heads]
         dropout = self.attn_drop.p if self.training else 0.0
         output = None
         if self.implementation == "sdpa" and dropout == 0:
-            output = attend_to_all(qkv, self.num_heads, self.scale)
+            output = attend_many_tokens(query, key, value, self.scale, is_causal=False)
         if output is None:
-            # [V, heads, P*P, C / heads]
-            query, key, value = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
             attend = _OWN_KERNELS.get(self.implementation) or ALL_ATTENTION_FUNCTIONS[self.implementation]
             output, _ = attend(self, query, key, value, None, scaling=self.scale, dropout=dropout, is_causal=False)
-            output = output.flatten(2)
-        return self.proj_drop(self.proj(output))
+        return self.proj_drop(self.proj(output.flatten(2)))
 
 
 class VisionTransformer(TimmVisionTransformer):

@@ -1,18 +1,19 @@
 """Kernels for the CPU that numba compiles; imported when the first of them is used, since numba takes its time.
 
 From below: `products` and `int4` multiply rows by weights, `rows` treats rows between products, `attention` and
-`feed_forward` are the two halves of a decoder layer, `full_attention` is that of a vision tower.
+`feed_forward` are the two halves of a decoder layer, `many_tokens` is
+attention of pictures and prompts.
 """
 
 from .attention import attend_one_token, attention_kernel, latent_attention_kernel
 from .feed_forward import feed_forward_kernel
-from .full_attention import attend_to_all, has_pair_products
 from .int4 import int4_rows_kernel
+from .many_tokens import attend_many_tokens, has_pair_products
 from .products import multiply_rows
 
 __all__ = [
+    "attend_many_tokens",
     "attend_one_token",
-    "attend_to_all",
     "attention_kernel",
     "feed_forward_kernel",
     "has_pair_products",

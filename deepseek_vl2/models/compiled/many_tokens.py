@@ -1,6 +1,7 @@
-"""Attention between all tokens of a sequence, as in a vision tower, on CPUs that multiply pairs of bfloat16.
+"""Attention of many tokens at once, on CPUs that multiply pairs of bfloat16.
 
-Letters: B sequences of N tokens, H heads of D numbers. Two neighbouring numbers in bfloat16 are a pair, read as uint32.
+Letters: B sequences of N tokens, H heads of D numbers, V of values. Two neighbouring numbers in bfloat16 are a pair,
+read as uint32.
 """
 
 from typing import Any
@@ -161,76 +162,110 @@ def _weigh(scores: Any, count: Any, scaling: Any, weights: Any) -> Any:
     return total
 
 
+@intrinsic
+def _load_pair(typing_context: Any, address: Any, number: Any) -> Any:
+    """Pair of that number of those that lie at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = builder.inttoptr(arguments[0], INT.as_pointer())
+        return builder.load(builder.gep(start, [arguments[1]]), align=4)
+
+    return types.uint32(types.intp, types.intp), generate
+
+
 @njit
-def _pack(qkv: Any, sequence: Any, head: Any, keys: Any, values: Any) -> None:
-    """Copies keys and values of a head, so that pairs that are multiplied at once are beside each other."""
-    num_tokens, num_pairs = qkv.shape[1], qkv.shape[4]
-    half, lower, upper = np.uint32(16), np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+def _pack_keys(address: Any, token_bytes: Any, num_tokens: Any, num_pairs: Any, keys: Any) -> None:
+    """Copies keys, so that a pair of each of many tokens is beside that of the next."""
     for token in range(num_tokens):
         for pair in range(num_pairs):
-            keys[pair, token] = qkv[sequence, token, 1, head, pair]
+            keys[pair, token] = _load_pair(address + token * token_bytes, pair)
+
+
+@njit
+def _pack_values(address: Any, token_bytes: Any, num_tokens: Any, num_pairs: Any, values: Any) -> None:
+    """Copies values, so that numbers of two tokens are a pair."""
+    half, lower, upper = np.uint32(16), np.uint32(0xFFFF), np.uint32(0xFFFF0000)
     for token in range(0, num_tokens, 2):
         for pair in range(num_pairs):
-            first, second = qkv[sequence, token, 2, head, pair], np.uint32(0)
+            first, second = _load_pair(address + token * token_bytes, pair), np.uint32(0)
             if token + 1 < num_tokens:
-                second = qkv[sequence, token + 1, 2, head, pair]
+                second = _load_pair(address + (token + 1) * token_bytes, pair)
             values[token // 2, 2 * pair] = (first & lower) | (second << half)
             values[token // 2, 2 * pair + 1] = (first >> half) | (second & upper)
 
 
-def _full_attention_kernel() -> Any:
+def _many_tokens_kernel() -> Any:
     stamp = STAMP
 
     @compiled
-    def attend_to_all(num_threads: Any, qkv: Any, scaling: Any, outputs: Any) -> int:
-        """Attention of each token to all of its sequence.
+    def attend_many_tokens(
+        num_threads: Any,
+        places: Any,
+        num_pairs: Any,
+        heads_a_group: Any,
+        is_causal: Any,
+        scaling: Any,
+        outputs: Any,
+    ) -> int:
+        """Attention of each token to all of its sequence, or to those up to itself.
 
         Args:
             num_threads: See `products.multiply_rows`.
-            qkv: [B, N, 3, H, D / 2] uint32, pairs of queries, keys and values; N is at least `QUERIES_AT_ONCE`.
+            places: [3, 4] int64 of queries, keys and values: address, and bytes from one sequence, one head and one
+                token to the next.
+            num_pairs: D / 2.
+            heads_a_group: How many heads of queries share one of keys and values.
+            is_causal: Whether a token looks at none behind it.
             scaling: Factor on the scores, above 0.
-            outputs: [B, N, H, D] numbers in bfloat16, written to.
+            outputs: [B, N, H, V] numbers in bfloat16, written to; N is at least `QUERIES_AT_ONCE`.
         """
-        num_sequences, num_tokens, _, num_heads, num_pairs = qkv.shape
-        width = outputs.shape[3]
+        num_sequences, num_tokens, num_heads, width = outputs.shape
         score_columns = _SCORE_VECTORS * PAIRS_AT_ONCE
         num_keys = (num_tokens + score_columns - 1) // score_columns * score_columns
         value_width = (width + PAIRS_AT_ONCE - 1) // PAIRS_AT_ONCE * PAIRS_AT_ONCE
         num_blocks = (num_tokens + QUERIES_AT_ONCE - 1) // QUERIES_AT_ONCE
         num_units = num_sequences * num_heads * num_blocks
-        head_bytes = num_pairs * 4
-        row_bytes = 3 * num_heads * head_bytes
+        weight_bytes = num_keys * 2
         for part in prange(num_threads):
             keys = np.zeros((num_pairs, num_keys), np.uint32)
             values = np.zeros((num_keys // 2, value_width), np.uint32)
             scores = np.empty((QUERIES_AT_ONCE, num_keys), np.float32)
-            weights = np.zeros((QUERIES_AT_ONCE, num_keys), np.uint16)
+            weights = np.empty((QUERIES_AT_ONCE, num_keys), np.uint16)
             mixed = np.empty((QUERIES_AT_ONCE, value_width), np.float32)
             totals = np.empty(QUERIES_AT_ONCE, np.float32)
             packed = -1
             for unit in range(part * num_units // num_threads, (part + 1) * num_units // num_threads):
-                number, block = unit // num_blocks, unit % num_blocks
-                sequence, head = number // num_heads, number % num_heads
-                if number != packed:
-                    _pack(qkv, sequence, head, keys, values)
-                    packed = number
+                block = unit % num_blocks
+                sequence, head = unit // num_blocks // num_heads, unit // num_blocks % num_heads
+                group = head // heads_a_group
+                if sequence * num_heads + group != packed:
+                    packed = sequence * num_heads + group
+                    own_keys = places[1, 0] + sequence * places[1, 1] + group * places[1, 2]
+                    _pack_keys(own_keys, places[1, 3], num_tokens, num_pairs, keys)
+                    own_values = places[2, 0] + sequence * places[2, 1] + group * places[2, 2]
+                    _pack_values(own_values, places[2, 3], num_tokens, width // 2, values)
                 # The last block begins earlier, so that it is full; what another one computes is not written.
                 first = min(block * QUERIES_AT_ONCE, num_tokens - QUERIES_AT_ONCE)
-                queries = qkv.ctypes.data + (sequence * num_tokens + first) * row_bytes + head * head_bytes
-                for column in range(0, num_keys, score_columns):
-                    _multiply_pairs(queries, row_bytes, num_pairs, keys, column, _SCORE_VECTORS, scores)
+                num_seen = first + QUERIES_AT_ONCE if is_causal else num_tokens
+                end = (num_seen + score_columns - 1) // score_columns * score_columns
+                queries = places[0, 0] + sequence * places[0, 1] + head * places[0, 2] + first * places[0, 3]
+                for column in range(0, end, score_columns):
+                    _multiply_pairs(queries, places[0, 3], num_pairs, keys, column, _SCORE_VECTORS, scores)
                 for query in range(QUERIES_AT_ONCE):
-                    totals[query] = _weigh(scores[query], num_tokens, scaling, weights[query])
+                    count = first + query + 1 if is_causal else num_tokens
+                    totals[query] = _weigh(scores[query], count, scaling, weights[query])
+                    for token in range(count, end):
+                        weights[query, token] = 0
                 column = 0
                 while column < value_width:
                     count = min(MOST_VECTORS, (value_width - column) // PAIRS_AT_ONCE)
                     start = weights.ctypes.data
                     if count == 3:
-                        _multiply_pairs(start, num_keys * 2, num_keys // 2, values, column, 3, mixed)
+                        _multiply_pairs(start, weight_bytes, end // 2, values, column, 3, mixed)
                     elif count == 2:
-                        _multiply_pairs(start, num_keys * 2, num_keys // 2, values, column, 2, mixed)
+                        _multiply_pairs(start, weight_bytes, end // 2, values, column, 2, mixed)
                     else:
-                        _multiply_pairs(start, num_keys * 2, num_keys // 2, values, column, 1, mixed)
+                        _multiply_pairs(start, weight_bytes, end // 2, values, column, 1, mixed)
                     column += count * PAIRS_AT_ONCE
                 for query in range(block * QUERIES_AT_ONCE - first, QUERIES_AT_ONCE):
                     for i in range(width):
@@ -238,7 +273,7 @@ def _full_attention_kernel() -> Any:
                         outputs[sequence, first + query, head, i] = from_float32(output, outputs)
         return stamp
 
-    return attend_to_all
+    return attend_many_tokens
 
 
-attend_to_all = _full_attention_kernel()
+attend_many_tokens = _many_tokens_kernel()
