@@ -91,7 +91,7 @@ def is_supported() -> bool:
     flags = cpu_flags()
     if _NEEDED_FLAG not in flags or _BETTER_FLAG in flags or not has_numba():
         return False
-    if not kernels().has_pair_products():
+    if not kernels().HAS_PAIR_PRODUCTS:
         logger.warning("Pictures take longer on this CPU: numba does not use its instructions for bfloat16")
         return False
     generator = torch.Generator().manual_seed(0)

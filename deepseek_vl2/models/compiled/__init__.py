@@ -8,15 +8,16 @@ attention of pictures and prompts.
 from .attention import attend_one_token, attention_kernel, latent_attention_kernel
 from .feed_forward import feed_forward_kernel
 from .int4 import int4_rows_kernel
-from .many_tokens import attend_many_tokens, has_pair_products
+from .many_tokens import attend_many_tokens
+from .numbers import HAS_PAIR_PRODUCTS
 from .products import multiply_rows
 
 __all__ = [
+    "HAS_PAIR_PRODUCTS",
     "attend_many_tokens",
     "attend_one_token",
     "attention_kernel",
     "feed_forward_kernel",
-    "has_pair_products",
     "int4_rows_kernel",
     "latent_attention_kernel",
     "multiply_rows",

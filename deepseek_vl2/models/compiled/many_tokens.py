@@ -6,13 +6,24 @@ read as uint32.
 
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 
-from .numbers import FASTMATH, FLOAT, INT, LONG, STAMP, array_start, compiled, from_float32, intrinsic, load_vector
+from .numbers import (
+    FASTMATH,
+    FLOAT,
+    INT,
+    LONG,
+    STAMP,
+    add_bfloat16_pairs,
+    array_start,
+    compiled,
+    from_float32,
+    intrinsic,
+    load_vector,
+)
 
 QUERIES_AT_ONCE = 8
 # Pairs that one instruction multiplies by others, and for how many times as many there are registers.
@@ -26,35 +37,7 @@ _SMALLEST_POWER = np.float32(-126)
 _POWERS_OF_TWO = tuple(
     np.float32(factor) for factor in (1.0000001, 0.69314719, 0.24022107, 0.055503571, 0.0096760319, 0.0013390863)
 )
-
-
-def has_pair_products() -> bool:
-    """Whether numba compiles for a processor that has the instruction; elsewhere compiling ends the process."""
-    settings: Any = numba.config
-    if settings.CPU_NAME or settings.CPU_FEATURES:  # whoever sets these wants code for another one
-        return False
-    try:
-        return bool(binding.get_host_cpu_features().get("avx512bf16"))
-    except RuntimeError:  # LLVM cannot tell on this system
-        return False
-
-
-class _BFloat16(ir.Type):
-    """LLVM's type of that name, which llvmlite does not know."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
-_SUMS = ir.VectorType(FLOAT, PAIRS_AT_ONCE)
-_PAIRS = ir.VectorType(INT, PAIRS_AT_ONCE)
-_NUMBERS = ir.VectorType(_BFloat16(), 2 * PAIRS_AT_ONCE)
+_SUMS, _PAIRS = (ir.VectorType(kind, PAIRS_AT_ONCE) for kind in (FLOAT, INT))
 
 
 @intrinsic(prefer_literal=True)
@@ -92,20 +75,16 @@ def _multiply_pairs(
         vectors = [LONG(number * PAIRS_AT_ONCE) for number in range(num_vectors.literal_value)]
         nothing = ir.Constant(_SUMS, None)
         totals = [[cgutils.alloca_once_value(builder, nothing) for _ in vectors] for _ in rows]
-        kind = ir.FunctionType(_SUMS, [_SUMS, _NUMBERS, _NUMBERS])
-        add_products = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
         with cgutils.for_range(builder, count, intp=LONG) as loop:
             line = builder.gep(matrix, [builder.mul(loop.index, width)])
             columns = [load_vector(builder, builder.gep(line, [vector]), INT, PAIRS_AT_ONCE) for vector in vectors]
-            columns = [builder.bitcast(vector, _NUMBERS) for vector in columns]
             for row, row_totals in zip(rows, totals, strict=True):
                 pair = builder.load(builder.gep(row, [loop.index]), align=4)
                 repeated = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, INT(0))
                 everywhere = ir.Constant(_PAIRS, None)
                 repeated = builder.shuffle_vector(repeated, ir.Constant(_PAIRS, ir.Undefined), everywhere)
-                numbers = builder.bitcast(repeated, _NUMBERS)
                 for vector, total in zip(columns, row_totals, strict=True):
-                    builder.store(builder.call(add_products, [builder.load(total), numbers, vector]), total)
+                    builder.store(add_bfloat16_pairs(builder, builder.load(total), repeated, vector), total)
         target = builder.gep(array_start(context, builder, sums, sums_value, FLOAT), [first])
         for row, row_totals in enumerate(totals):
             for vector, total in zip(vectors, row_totals, strict=True):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import extending, njit, types
@@ -27,7 +28,20 @@ def _count_lanes() -> int:
     return 16 if features.get("avx512f") else 8
 
 
+def _has_pair_products() -> bool:
+    settings: Any = numba.config
+    if settings.CPU_NAME or settings.CPU_FEATURES:  # whoever sets these wants code for another processor
+        return False
+    try:
+        return bool(binding.get_host_cpu_features().get("avx512bf16"))
+    except RuntimeError:  # LLVM cannot tell on this system
+        return False
+
+
 LANES = _count_lanes()  # of 32 bits in a vector
+# Whether the processor has an instruction for products of pairs of bfloat16; without it `add_bfloat16_pairs`, compiled,
+# would end the process.
+HAS_PAIR_PRODUCTS = _has_pair_products()
 FLOAT = ir.FloatType()
 BYTE, WORD, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 ELEMENTS = {types.float32: FLOAT, types.uint16: WORD, types.int8: BYTE}
@@ -160,6 +174,34 @@ def add_pairs(builder: Any, left: Any, right: Any) -> Any:
     products = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
     even, odd = (shuffle(builder, products, list(range(start, left.type.count, 2))) for start in (0, 1))
     return builder.add(even, odd)
+
+
+class _BFloat16(ir.Type):
+    """LLVM's type of that name, which llvmlite does not know."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+def add_bfloat16_pairs(builder: Any, total: Any, left: Any, right: Any) -> Any:
+    """Adds products of bfloat16 to float32, those of two neighbours at once; only where `HAS_PAIR_PRODUCTS`.
+
+    Args:
+        builder: Of LLVM's code.
+        total: 16 float32.
+        left: 32 bfloat16, as integers of 16 bits or pairs of 32.
+        right: Also.
+    """
+    numbers = ir.VectorType(_BFloat16(), 2 * total.type.count)
+    kind = ir.FunctionType(total.type, [total.type, numbers, numbers])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, [total, builder.bitcast(left, numbers), builder.bitcast(right, numbers)])
 
 
 @njit(fastmath=FASTMATH)

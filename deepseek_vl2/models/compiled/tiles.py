@@ -1,7 +1,8 @@
 """Products of a few rows with the weights of a few outputs, as much as there are registers for.
 
 Where the inputs are bfloat16 and the weights int8, rows are rounded to integers of 16 bits, finer than bfloat16:
-products of integers take half as long, since two are made and added up in one instruction.
+products of integers take half as long, since two are made and added up in one instruction. Some processors have such an
+instruction for bfloat16, too, and rows stay what they are.
 """
 
 from typing import Any
@@ -17,13 +18,16 @@ from .numbers import (
     ELEMENTS,
     FASTMATH,
     FLOAT,
+    HAS_PAIR_PRODUCTS,
     INT,
     LANES,
     LONG,
     WORD,
+    add_bfloat16_pairs,
     add_pairs,
     array_start,
     as_float,
+    from_float32,
     intrinsic,
     load,
     load_vector,
@@ -63,13 +67,13 @@ def _multiply_lines(
         like: See `multiply_tile`.
         sums: Also.
     """
-    is_integer = rows.dtype == types.int16
+    is_integer, are_pairs = rows.dtype == types.int16, rows.dtype == types.uint16
     element, row_element, total_element = (
         ELEMENTS[like.dtype],
-        WORD if is_integer else FLOAT,
+        WORD if is_integer or are_pairs else FLOAT,
         INT if is_integer else FLOAT,
     )
-    step = 2 * LANES if is_integer else LANES
+    step = 2 * LANES if is_integer or are_pairs else LANES
     line = CACHE_LINE * 8 // like.dtype.bitwidth
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -92,7 +96,8 @@ def _multiply_lines(
             for offset in range(0, line, step):
                 place = [builder.add(line_start, LONG(offset))]
                 weights = [load_vector(builder, builder.gep(output, place), element, step) for output in outputs]
-                weights = [_widened(builder, like.dtype, weight, is_integer) for weight in weights]
+                if not are_pairs:
+                    weights = [_widened(builder, like.dtype, weight, is_integer) for weight in weights]
                 for start, row_totals in zip(starts, totals, strict=True):
                     numbers = load_vector(builder, builder.gep(start, place), row_element, step)
                     for weight, total in zip(weights, row_totals, strict=True):
@@ -115,6 +120,8 @@ def _widened(builder: Any, number: Any, weight: Any, is_integer: bool) -> Any:
 def _add_products(builder: Any, total: Any, numbers: Any, weight: Any) -> Any:
     if total.type.element == INT:
         return builder.add(total, add_pairs(builder, weight, numbers))
+    if weight.type.element == WORD:
+        return add_bfloat16_pairs(builder, total, numbers, weight)
     return builder.fadd(total, builder.fmul(numbers, weight, flags=_FUSED), flags=_FUSED)
 
 
@@ -150,7 +157,7 @@ def multiply_tile(
     """Multiplies a few rows by the weights of a few outputs, and asks for the weights of the outputs behind them.
 
     Args:
-        rows: [P, K] float32, or int16 for int8 weights, see `empty_rows`.
+        rows: [P, K] float32, or int16 for int8 weights, or bfloat16 for such weights, see `empty_rows`.
         first: The first row.
         num_rows: How many rows, see `rows_at_once`.
         address: Of the weights [.., K] of the first output.
@@ -174,7 +181,7 @@ def multiply_tile(
         for output in range(OUTPUTS_AT_ONCE):
             weight = load(addresses[output], i, like)
             for row in range(num_rows):
-                sums[row, output] += np.float32(rows[first + row, i]) * weight
+                sums[row, output] += to_float32(rows[first + row, i]) * weight
 
 
 @njit
@@ -184,19 +191,27 @@ def rows_at_once(num_rows: Any) -> Any:
 
 
 def empty_rows(shape: Any, inputs: Any, like: Any) -> Any:
-    """Room for rows as `multiply_tile` takes them: int16 for inputs in bfloat16 and int8 weights, or float32."""
+    """Room for rows as `multiply_tile` takes them.
+
+    That is int16 for inputs in bfloat16 and int8 weights, bfloat16 where both are and the processor multiplies pairs of
+    them, or float32.
+    """
     raise NotImplementedError("numba puts what is below in its place")
 
 
 @extending.overload(empty_rows, strict=False)
 def _empty_rows(shape: Any, inputs: Any, like: Any) -> Any:
-    is_integer = inputs.dtype == types.uint16 and like.dtype == types.int8
-    dtype = np.int16 if is_integer else np.float32
+    kinds = (inputs.dtype, like.dtype)
+    dtype: Any = np.float32
+    if kinds == (types.uint16, types.int8):
+        dtype = np.int16
+    elif kinds == (types.uint16, types.uint16) and HAS_PAIR_PRODUCTS:
+        dtype = np.uint16
     return lambda shape, inputs, like: np.empty(shape, dtype)
 
 
 def fill_row(numbers: Any, row: Any) -> Any:
-    """Writes numbers [K] into a row [K] of float32 or int16; returns what to multiply this by."""
+    """Writes numbers [K] into a row [K] of float32, bfloat16 or int16; returns what to multiply this by."""
     raise NotImplementedError("numba puts what is below in its place")
 
 
@@ -207,7 +222,7 @@ def _fill_row(numbers: Any, row: Any) -> Any:
 
 def _copy(numbers: Any, row: Any) -> Any:
     for i in range(len(numbers)):
-        row[i] = to_float32(numbers[i])
+        row[i] = from_float32(to_float32(numbers[i]), row)
     return np.float32(1)
 
 
