@@ -25,6 +25,7 @@ from deepseek_vl2.models import (
     WeightOnlyConfig,
     checkpoint_bytes,
     few_row_products,
+    many_tokens,
     own_quantization,
 )
 from deepseek_vl2.models.machine_limits import free_bytes
@@ -104,8 +105,16 @@ def choices(device: torch.device) -> dict[str, dict[str, Any]]:
         "attention": {"value": kernels["attention"], "reason": from_transformers},
         "vision_attention": {"value": kernels["vision_attention"], "reason": "the exact kernel that runs everywhere"},
         "experts": {"value": kernels["experts"], "reason": from_transformers},
+        "many_tokens": many_token_kernels(device),
         "decoding": decoding_kernels(device),
     }
+
+
+def many_token_kernels(device: torch.device) -> dict[str, str]:
+    """Who runs the attention of pictures and prompts in bfloat16: `value` and `reason`."""
+    if device.type == "cpu" and many_tokens.is_supported():
+        return {"value": "compiled", "reason": "attention in bfloat16: this CPU multiplies pairs of numbers"}
+    return {"value": "torch", "reason": "attention: its kernels are the fastest here"}
 
 
 def decoding_kernels(device: torch.device) -> dict[str, str]:

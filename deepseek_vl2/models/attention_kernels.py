@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import few_row_products
+from .many_tokens import attend_many_tokens
 
 
 def eager_attention_forward(
@@ -44,6 +45,27 @@ def eager_attention_forward(
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor | None:
+    """Attention where torch's fused kernel for the CPU is slow; see `eager_attention_forward`.
+
+    It takes several times as long as plain products where one token looks at many.
+
+    Returns:
+        Output [B, T, H, head]; None where torch's kernel is to be used.
+    """
+    if query.device.type != "cpu":
+        return None
+    if query.shape[2] == 1:
+        return attend_one_token(query, key, value, attention_mask, scaling)
+    return attend_many_tokens(query, key, value, scaling, is_causal=True) if attention_mask is None else None
 
 
 def attend_one_token(

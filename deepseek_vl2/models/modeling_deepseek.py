@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from . import few_tokens
-from .attention_kernels import attend_one_token, eager_attention_forward, mask_scores
+from .attention_kernels import attend_on_cpu, eager_attention_forward, mask_scores
 from .balancing_loss import AddLossGradient, load_balancing_loss
 from .configuration_deepseek import DeepseekV2Config
 from .cpu_features import product_dtype
@@ -34,7 +34,6 @@ from .few_row_products import StreamedLinear, are_few_rows, project
 from .few_tokens import FeedForward, HeadAttention, LatentAttention, Routing, are_few_tokens, is_silu
 from .generation import PrefilledGenerationMixin, check_prompt_length
 from .growing_cache import GrowingCache
-from .many_tokens import attend_many_tokens
 from .parallel import CheckedSharesMixin, local_tensor
 from .rotary_positions import DeepseekV2RotaryEmbedding, rotate_halves, rotate_interleaved, yarn_score_scaling
 from .sorted_experts import StreamedExpertsInterface
@@ -226,18 +225,11 @@ def attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs the attention kernel that the layer's configuration names; see `eager_attention_forward`.
-
-    On the CPU torch's own is several times slower than plain products where one token looks at many, and slower than a
-    compiled one elsewhere.
-    """
-    if module.config._attn_implementation == "sdpa" and query.device.type == "cpu" and not module.training:
-        if query.shape[2] == 1:
-            return attend_one_token(query, key, value, attention_mask, module.scaling), None
-        if attention_mask is None:
-            output = attend_many_tokens(query, key, value, module.scaling, is_causal=True)
-            if output is not None:
-                return output, None
+    """Runs the attention kernel that the layer's configuration names; see `eager_attention_forward`."""
+    if module.config._attn_implementation == "sdpa" and not module.training:
+        output = attend_on_cpu(query, key, value, attention_mask, module.scaling)
+        if output is not None:
+            return output, None
     # The other kernels ask for values as wide as keys.
     value_width = value.shape[-1]
     if value_width < key.shape[-1]:

@@ -67,7 +67,7 @@ def test_json_says_what_fits_in_20_gb(capsys):
         ("base", "int8"): "no",
         ("base", "int4"): "yes",
     }
-    kernels = ["attention", "vision_attention", "experts", "decoding"]
+    kernels = ["attention", "vision_attention", "experts", "many_tokens", "decoding"]
     assert list(found["choices"]) == ["device", "dtype", "threads", *kernels]
     assert all(choice["value"] and choice["reason"] for choice in found["choices"].values())
     assert set(found["versions"]) == {"torch", "transformers", "timm"} and all(found["versions"].values())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from small_models import MHA, language_config, seeded
 
-from deepseek_vl2.models import few_row_products, many_tokens, modeling_deepseek, siglip_vit
+from deepseek_vl2.models import attention_kernels, few_row_products, many_tokens, siglip_vit
 from deepseek_vl2.models.cpu_features import cpu_flags
 from deepseek_vl2.models.many_tokens import attend_many_tokens
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
@@ -164,10 +164,10 @@ def test_prompts_are_read_with_it(monkeypatch, changes):
         calls.append(output is not None)
         return output
 
-    monkeypatch.setattr(modeling_deepseek, "attend_many_tokens", watched)
+    monkeypatch.setattr(attention_kernels, "attend_many_tokens", watched)
     compiled = model(ids).logits
     assert calls and all(calls)
-    monkeypatch.setattr(modeling_deepseek, "attend_many_tokens", lambda *args, **kwargs: None)
+    monkeypatch.setattr(attention_kernels, "attend_many_tokens", lambda *args, **kwargs: None)
     assert mean_error(compiled, exact) < 1.1 * mean_error(model(ids).logits, exact)
 
 
