@@ -114,7 +114,7 @@ def many_token_kernels(device: torch.device) -> dict[str, str]:
     """Who runs the attention of pictures and prompts in bfloat16: `value` and `reason`."""
     if device.type == "cpu" and many_tokens.is_supported():
         return {"value": "compiled", "reason": "attention in bfloat16: this CPU multiplies pairs of numbers"}
-    return {"value": "torch", "reason": "attention: its kernels are the fastest here"}
+    return {"value": "torch", "reason": "attention: the compiled kernel is for avx512_bf16 without amx_bf16, and numba"}
 
 
 def decoding_kernels(device: torch.device) -> dict[str, str]:

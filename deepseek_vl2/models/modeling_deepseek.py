@@ -238,8 +238,9 @@ def attend(
         module.config._attn_implementation, eager_attention_forward
     )
     dropout = module.config.attention_dropout if module.training else 0.0
-    kwargs |= {"scaling": module.scaling, "dropout": dropout}
-    output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
+    output, weights = kernel(
+        module, query, key, value, attention_mask, scaling=module.scaling, dropout=dropout, **kwargs
+    )
     return output[..., :value_width], weights
 
 

@@ -25,6 +25,24 @@ for _name, _values in SigLIP_MODEL_CONFIG.items():
 VISION_ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "xformers")
 
 
+def sdpa_vision_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by a compiled kernel where that is faster, else by torch's fused kernels."""
+    output = None if dropout else attend_many_tokens(query, key, value, scaling, is_causal=False)
+    if output is not None:
+        return output, None
+    by_torch = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return by_torch(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
 def eager_vision_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -74,8 +92,9 @@ def flash_vision_attention(
     return flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scaling), None
 
 
-# Beside "sdpa", which comes from transformers. Its flash attention asks for a configuration on every attention layer.
-_OWN_KERNELS: dict[str, Callable] = {
+# transformers' own flash attention asks for a configuration on every attention layer.
+_KERNELS: dict[str, Callable] = {
+    "sdpa": sdpa_vision_attention,
     "eager": eager_vision_attention,
     "flash_attention_2": flash_vision_attention,
     "xformers": xformers_vision_attention,
@@ -116,13 +135,9 @@ class VisionAttention(Attention):
         """Patches [V, P*P, C] -> [V, P*P, C]; every patch sees every other of its view."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # [V, heads, P*P, C / heads]
+        attend = _KERNELS[self.implementation]
         dropout = self.attn_drop.p if self.training else 0.0
-        output = None
-        if self.implementation == "sdpa" and dropout == 0:
-            output = attend_many_tokens(query, key, value, self.scale, is_causal=False)
-        if output is None:
-            attend = _OWN_KERNELS.get(self.implementation) or ALL_ATTENTION_FUNCTIONS[self.implementation]
-            output, _ = attend(self, query, key, value, None, scaling=self.scale, dropout=dropout, is_causal=False)
+        output, _ = attend(self, query, key, value, None, scaling=self.scale, dropout=dropout, is_causal=False)
         return self.proj_drop(self.proj(output.flatten(2)))
 
 

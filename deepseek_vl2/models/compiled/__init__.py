@@ -1,8 +1,7 @@
 """Kernels for the CPU that numba compiles; imported when the first of them is used, since numba takes its time.
 
 From below: `products` and `int4` multiply rows by weights, `rows` treats rows between products, `attention` and
-`feed_forward` are the two halves of a decoder layer, `many_tokens` is
-attention of pictures and prompts.
+`feed_forward` are the two halves of a decoder layer, `many_tokens` is attention of pictures and prompts.
 """
 
 from .attention import attend_one_token, attention_kernel, latent_attention_kernel

@@ -20,28 +20,19 @@ logger = logging.getLogger(__name__)
 CACHE_LINE = 64
 
 
-def _count_lanes() -> int:
+def _has_feature(name: str) -> bool:
+    """Whether the processor has instructions that LLVM calls so."""
     try:
-        features = binding.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot tell on this system
-        return 8
-    return 16 if features.get("avx512f") else 8
-
-
-def _has_pair_products() -> bool:
-    settings: Any = numba.config
-    if settings.CPU_NAME or settings.CPU_FEATURES:  # whoever sets these wants code for another processor
-        return False
-    try:
-        return bool(binding.get_host_cpu_features().get("avx512bf16"))
+        return bool(binding.get_host_cpu_features().get(name))
     except RuntimeError:  # LLVM cannot tell on this system
         return False
 
 
-LANES = _count_lanes()  # of 32 bits in a vector
-# Whether the processor has an instruction for products of pairs of bfloat16; without it `add_bfloat16_pairs`, compiled,
-# would end the process.
-HAS_PAIR_PRODUCTS = _has_pair_products()
+_SETTINGS: Any = numba.config
+LANES = 16 if _has_feature("avx512f") else 8  # of 32 bits in a vector
+# Whether there is an instruction for products of pairs of bfloat16; without it compiling `add_bfloat16_pairs` ends the
+# process. Whoever sets the processor for numba wants code for another one.
+HAS_PAIR_PRODUCTS = _has_feature("avx512bf16") and not (_SETTINGS.CPU_NAME or _SETTINGS.CPU_FEATURES)
 FLOAT = ir.FloatType()
 BYTE, WORD, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 ELEMENTS = {types.float32: FLOAT, types.uint16: WORD, types.int8: BYTE}

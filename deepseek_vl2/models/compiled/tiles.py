@@ -67,13 +67,13 @@ def _multiply_lines(
         like: See `multiply_tile`.
         sums: Also.
     """
-    is_integer, are_pairs = rows.dtype == types.int16, rows.dtype == types.uint16
+    are_words = rows.dtype in (types.int16, types.uint16)
     element, row_element, total_element = (
         ELEMENTS[like.dtype],
-        WORD if is_integer or are_pairs else FLOAT,
-        INT if is_integer else FLOAT,
+        WORD if are_words else FLOAT,
+        INT if rows.dtype == types.int16 else FLOAT,
     )
-    step = 2 * LANES if is_integer or are_pairs else LANES
+    step = 2 * LANES if are_words else LANES
     line = CACHE_LINE * 8 // like.dtype.bitwidth
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -96,8 +96,7 @@ def _multiply_lines(
             for offset in range(0, line, step):
                 place = [builder.add(line_start, LONG(offset))]
                 weights = [load_vector(builder, builder.gep(output, place), element, step) for output in outputs]
-                if not are_pairs:
-                    weights = [_widened(builder, like.dtype, weight, is_integer) for weight in weights]
+                weights = [_as_factors(builder, like.dtype, weight, rows.dtype) for weight in weights]
                 for start, row_totals in zip(starts, totals, strict=True):
                     numbers = load_vector(builder, builder.gep(start, place), row_element, step)
                     for weight, total in zip(weights, row_totals, strict=True):
@@ -110,10 +109,12 @@ def _multiply_lines(
     return types.void(rows, types.intp, num_rows, addresses, types.intp, like, sums), generate
 
 
-def _widened(builder: Any, number: Any, weight: Any, is_integer: bool) -> Any:
-    """Weights as integers of 16 bits or as floats."""
-    if is_integer:
+def _as_factors(builder: Any, number: Any, weight: Any, row_number: Any) -> Any:
+    """Weights as what rows are multiplied by: integers of 16 bits, bfloat16 as it is, or floats."""
+    if row_number == types.int16:
         return builder.sext(weight, ir.VectorType(WORD, weight.type.count))
+    if row_number == types.uint16:
+        return weight
     return as_float(builder, number, weight)
 
 
